@@ -1,0 +1,50 @@
+"""Matrix factorization (section 4.1, Figures 2-4): all learning rates and seeds of a method."""
+
+import resource
+import time
+
+import numpy
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from oplora.entry import experiment
+from oplora.factorization import factorize
+from oplora.runs import open_run
+
+
+@experiment("matrix_factorization")
+def main(cfg: DictConfig) -> None:
+    torch.set_num_threads(cfg.runtime.threads)
+    torch.set_flush_denormal(True)
+    if "factorization" not in cfg.method:
+        raise ValueError(
+            f"method={cfg.method.name} is an adapter: choose mf, opmf, mf_matched, mf_mlp_start "
+            "or mf_matched_mlp_start"
+        )
+    problem, rule = instantiate(cfg.problem), instantiate(cfg.optimizer.rule)
+    with open_run(OmegaConf.to_container(cfg, resolve=True)) as run:
+        if run.finished:
+            print(f"{run.path} is finished already")
+            return
+        start = time.perf_counter()
+        metrics, curves = factorize(
+            problem,
+            list(cfg.seeds),
+            list(cfg.rates),
+            method=cfg.method.factorization,
+            initial_A=cfg.method.initial_A,
+            rule=rule,
+            progress=cfg.run_name,
+            **cfg.mlp,
+        )
+        metrics["train_seconds"] = round(time.perf_counter() - start, 1)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        arrays = {name: value.numpy() for name, value in curves.items()}
+        numpy.savez_compressed(run.path / "curves.npz", **arrays)
+        run.finish(metrics | {"peak_memory_bytes": peak})
+        print(f"{run.path}: {metrics['train_seconds']} s")
+
+
+if __name__ == "__main__":
+    main()
