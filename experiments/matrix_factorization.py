@@ -23,15 +23,18 @@ def main(cfg: DictConfig) -> None:
             "or mf_matched_mlp_start"
         )
     problem, rule = instantiate(cfg.problem), instantiate(cfg.optimizer.rule)
-    with open_run(OmegaConf.to_container(cfg, resolve=True)) as run:
+    config = OmegaConf.to_container(cfg, resolve=True)
+    if not isinstance(config["seeds"], list) or not isinstance(config["rates"], list):
+        raise ValueError(f"seeds={cfg.seeds} and rates={cfg.rates} must be lists, as in [0,1]")
+    with open_run(config) as run:
         if run.finished:
             print(f"{run.path} is finished already")
             return
         start = time.perf_counter()
         metrics, curves = factorize(
             problem,
-            list(cfg.seeds),
-            list(cfg.rates),
+            config["seeds"],
+            config["rates"],
             method=cfg.method.factorization,
             initial_A=cfg.method.initial_A,
             rule=rule,

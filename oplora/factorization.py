@@ -41,6 +41,11 @@ class Problem:
     log_every: int = 5
 
     def __post_init__(self):
+        for name in ("rows", "columns", "rank", "steps", "warmup_steps", "log_every"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer")
+        if not isinstance(self.condition_number, int | float | None):
+            raise ValueError(f"condition_number={self.condition_number!r} must be a number or null")
         if not 1 <= self.rank < min(self.rows, self.columns):
             raise ValueError(
                 f"rank={self.rank} must be at least 1 and below min(rows, columns) = "
@@ -312,9 +317,11 @@ def factorize(
     method: "plain", "predicted" (OP-MF) or "matched"; initial_A: "lora" or "mlp" (OP-MF's A, for
     the controls); mlp_options: `initial_mlp`. Curves hold NaN after a member has diverged.
     """
-    rates_text = [r for r in rates if not (isinstance(r, int | float) and 0 < r < math.inf)]
-    if rates_text or not rates or not seeds:
-        raise ValueError(f"learning rates must be positive numbers, got {rates_text or rates}")
+    wrong = [r for r in rates if not (isinstance(r, int | float) and 0 < r < math.inf)]
+    if wrong or not rates:
+        raise ValueError(f"learning rates must be positive numbers, got {wrong or rates}")
+    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise ValueError(f"seeds must be a list of integers from 0, got {seeds}")
     grid = (len(rates), len(seeds))
     targets = torch.stack([problem.target(seed) for seed in seeds])
     M = targets.repeat(len(rates), 1, 1)

@@ -69,8 +69,8 @@ def initial_mlp(
     The paper leaves open: z_dim and z's distribution ("normal" N(0, 1) or "uniform" U(0, 1)),
     and `kaiming_a` (sqrt 5 is the bound of torch.nn.Linear, 0 that of kaiming_uniform_).
     """
-    if width < 1 or z_dim < 1:
-        raise ValueError(f"an MLP needs width ≥ 1 and z_dim ≥ 1, got {width} and {z_dim}")
+    if not (isinstance(width, int) and isinstance(z_dim, int) and width > 0 and z_dim > 0):
+        raise ValueError(f"mlp width={width!r} and z_dim={z_dim!r} must be integers from 1")
     if z_init not in ("normal", "uniform"):
         raise ValueError(f"z_init={z_init!r} is unknown: use 'normal' or 'uniform'")
     draw = torch.randn if z_init == "normal" else torch.rand

@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,16 +30,22 @@ class RunError(ValueError):
 class Run:
     """An open run: `path` is its folder; use as a context manager, which holds its lock."""
 
-    def __init__(self, path: Path, finished: bool, lock: FileLock | None):
+    def __init__(self, path: Path, finished: bool, lock: FileLock):
         self.path, self.finished, self._lock = path, finished, lock
-        self._started = time.time()
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._lock is not None:
-            self._lock.release()
+    def __exit__(self, kind, *_) -> None:
+        """Release the lock; a run that failed before it wrote anything leaves no folder."""
+        if kind is not None and not self.finished:
+            own = {"config.yaml", "environment.json", ".lock"}
+            if {p.name for p in self.path.iterdir()} <= own:
+                shutil.rmtree(self.path)
+                for parent in list(self.path.parents)[:3]:
+                    if parent.exists() and not any(parent.iterdir()):
+                        parent.rmdir()
+        self._lock.release()
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json; numbers that do not exist are None, never NaN or a sentinel."""

@@ -16,11 +16,11 @@ EVEN = [[(4, 8), (8, 4)], [(4, 16), (32, 4), (32,)], [(2, 8), (8, 2)]]
 WIDTH = 16
 
 
-def blocks(dtype=torch.float64, start="paper", shapes=SHAPES):
+def blocks(dtype=torch.float64, start="paper", layers=SHAPES):
     """Three adapters with A random, B zero (or not), one with a DoRA-like vector."""
     torch.manual_seed(0)
     result = []
-    for shapes in shapes:
+    for shapes in layers:
         tensors = [torch.randn(shape, dtype=dtype) / math.sqrt(shape[-1]) for shape in shapes]
         if start == "paper":
             tensors[1].zero_()
@@ -166,7 +166,7 @@ def test_clip_mlp_equals_clip_grad_norm_on_the_modules():
 def test_fp32_rank1_update_is_bit_identical_to_fused_adamw(weight_decay, monkeypatch):
     """W2 of a whole run equals AdamW(fused=True) fed with the materialised gradients."""
     monkeypatch.setattr("oplora.rank1.SCRATCH", 48)  # several pieces, by rows and by columns
-    data = blocks(torch.float32, shapes=EVEN)
+    data = blocks(torch.float32, layers=EVEN)
     ours = oplora.OPAdamW(
         data, lr=0.1, weight_decay=weight_decay, mlp_width=WIDTH, z_dim=8, start=starts("paper")
     )
@@ -295,7 +295,7 @@ def test_nonfinite_gradients_never_poison(bad):
         data[1][0].grad[0, 0] = bad
         before = [t.detach().clone() for b in data for t in b]
         if mode == "raise":
-            with pytest.raises(FloatingPointError, match="group 0 tensor 1.0"):
+            with pytest.raises(FloatingPointError, match=r"group 0 tensor 1\.0"):
                 ours.step()
         else:
             ours.step()
@@ -321,7 +321,7 @@ def test_edits_from_outside_are_absorbed_or_refused():
     ours.edited = "raise"
     with torch.no_grad():
         data[0][0].mul_(2)
-    with pytest.raises(RuntimeError, match="group 0 tensor 0.0"):
+    with pytest.raises(RuntimeError, match=r"group 0 tensor 0\.0"):
         ours.step()
     data[0][0].data.fill_(math.nan)
     ours.edited = "absorb"
