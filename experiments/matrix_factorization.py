@@ -1,6 +1,5 @@
 """Matrix factorization (section 4.1, Figures 2-4): all learning rates and seeds of a method."""
 
-import resource
 import time
 
 import numpy
@@ -10,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from oplora.entry import experiment
 from oplora.factorization import factorize
-from oplora.runs import open_run
+from oplora.runs import open_run, peak_memory_bytes
 
 
 @experiment("matrix_factorization")
@@ -42,10 +41,9 @@ def main(cfg: DictConfig) -> None:
             **cfg.mlp,
         )
         metrics["train_seconds"] = round(time.perf_counter() - start, 1)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         arrays = {name: value.numpy() for name, value in curves.items()}
         numpy.savez_compressed(run.path / "curves.npz", **arrays)
-        run.finish(metrics | {"peak_memory_bytes": peak})
+        run.finish(metrics | {"peak_memory_bytes": peak_memory_bytes()})
         print(f"{run.path}: {metrics['train_seconds']} s")
 
 

@@ -1,6 +1,21 @@
 """OP-LoRA: adapters predicted by an MLP during training, plain adapters afterwards."""
 
-from oplora.mlp import AdapterMLP
-from oplora.optimizer import OPAdamW, OPOptimizer
+from importlib import import_module
 
-__all__ = ["AdapterMLP", "OPAdamW", "OPOptimizer"]
+_HOMES = {
+    "AdapterMLP": "mlp",
+    "OPAdamW": "optimizer",
+    "OPOptimizer": "optimizer",
+    "OPTrainer": "trainer",
+    "OPTrainerMixin": "trainer",
+    "create_oplora_optimizer": "peft",
+    "parameter_report": "peft",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    # On first use: `import oplora.runs` shall not wait for torch, nor OPAdamW for transformers.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'oplora' has no attribute {name!r}")
+    return getattr(import_module(f"oplora.{_HOMES[name]}"), name)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from oplora.rank1 import rank1_adamw_
@@ -66,14 +67,21 @@ class OPOptimizer(Optimizer):
         _check_choice("edited", edited, ("absorb", "raise"))
         if issubclass(optimizer_cls, torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates the loss within a step: use a first-order optimizer")
+        if hasattr(optimizer_cls, "eval"):
+            raise ValueError(
+                f"{optimizer_cls.__name__} evaluates other weights than it trains (schedule-free), "
+                "which the MLPs cannot follow: use AdamW, or train the adapter directly"
+            )
         self.clip, self.max_norm, self.nonfinite, self.edited = clip, max_norm, nonfinite, edited
         self.skipped_steps = 0
-        self._stepped = False
+        self._trained = False
         self.stacks: list[MLPStack] = []
         self._outer: list[int] = []  # for every inner group its group here
         self.inner = optimizer_cls([torch.zeros(1, 1)], **optimizer_kwargs)
         self.inner.param_groups.clear()
         self._inner_group: list[int] = []  # for every stack its inner group
+        # for every group its tensors when the MLPs were built, the blocks' names and starts
+        self._built: list[tuple[list[Tensor], list[list[str]], list]] = []
         options = (mlp_width, z_dim, z_init, kaiming_a, seed, start)
         defaults = {**self.inner.defaults, **dict(zip(_MLP_OPTIONS, options, strict=True))}
         super().__init__(params, defaults)
@@ -101,22 +109,21 @@ class OPOptimizer(Optimizer):
                 _check_tensor(tensor, name, known)
         super().add_param_group(group)
         start = self.param_groups[index].pop("start")
-        if width:
-            self._add_stacks(index, blocks, names, start)
-        else:
-            self._add_inner(index, self.param_groups[index]["params"])
-
-    def _add_stacks(
-        self,
-        index: int,
-        blocks: list[list[Tensor]],
-        names: list[list[str]],
-        start: str | list[list[str]],
-    ):
-        group = self.param_groups[index]
-        starts = [start] * len(blocks) if isinstance(start, str) else start
+        starts = [start] * len(blocks) if isinstance(start, str) else list(start)
         if len(starts) != len(blocks):
             raise ValueError(f"start lists {len(starts)} blocks, the group has {len(blocks)}")
+        self._built.append((list(group["params"]), names, starts))
+        self._build(index, adopt=False)
+
+    def _build(self, index: int, adopt: bool):
+        """MLPs of one group; adopt: the tensors hold their output already (`MLPStack`)."""
+        group = self.param_groups[index]
+        tensors, names, starts = self._built[index]
+        if not group["mlp_width"]:
+            self._add_inner(index, group["params"])
+            return
+        unused = iter(tensors)
+        blocks = [[next(unused) for _ in block_names] for block_names in names]
         kinds: dict[tuple, list[int]] = {}
         for i, block in enumerate(blocks):
             kinds.setdefault((local(block[0]).device, _state_dtype(block)), []).append(i)
@@ -129,8 +136,11 @@ class OPOptimizer(Optimizer):
                 dtype=dtype,
                 seed=group["seed"],
                 compact=self._compact,
+                adopt=adopt,
                 **{key: group[key] for key in ("z_dim", "z_init", "kaiming_a")},
             )
+            for i, resolved in zip(members, stack.starts, strict=True):
+                starts[i] = resolved
             self.stacks.append(stack)
             self._inner_group.append(len(self._outer))
             self._add_inner(index, self._inner_parameters(stack))
@@ -151,10 +161,10 @@ class OPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_model()
         for index, inner in zip(self._outer, self.inner.param_groups, strict=True):
             outer = self.param_groups[index]
             inner.update({key: outer[key] for key in self.inner.defaults})
-        self._follow_device()
         gradients = [stack.gradient() for stack in self.stacks]
         if not self._finite(gradients):
             self.skipped_steps += 1
@@ -179,27 +189,41 @@ class OPOptimizer(Optimizer):
                     tensor.grad = gradient[name]
                 self._update_W2(stack, i, parts[i], group)
         self.inner.step()
+        for index, inner in zip(self._outer, self.inner.param_groups, strict=True):
+            # Prodigy keeps its learning rate in the groups
+            self.param_groups[index].update({key: inner[key] for key in self.inner.defaults})
         for stack in self.stacks:
             stack.predict(stack.participating())
             for tensor in self._inner_parameters(stack):
                 tensor.grad = None
-        self._stepped = True
+        self._trained = True
         return loss
 
     def _update_W2(self, stack: MLPStack, i: int, g: Tensor, group: dict):
         """Hand the gradient of W2 to the inner optimizer."""
         stack.W2[i].grad = torch.outer(stack.rows(i), g)
 
-    def _follow_device(self):
-        for stack in self.stacks:
-            device = local(stack.tensors[0]).device
-            if device != stack.device:
-                if self._stepped:
-                    raise RuntimeError(
-                        f"the adapter moved from {stack.device} to {device} between "
-                        "two steps: move the model before training"
-                    )
-                stack.to(device)
+    def _follow_model(self):
+        """Build untrained MLPs again if the model moved or accelerate's FSDP2 replaced tensors."""
+        groups = list(zip(self.param_groups, self._built, strict=True))
+        replaced = any(
+            new is not old
+            for group, (tensors, _, _) in groups
+            for new, old in zip(group["params"], tensors, strict=True)
+        )
+        moved = any(local(stack.tensors[0]).device != stack.device for stack in self.stacks)
+        if not (replaced or moved):
+            return
+        if self._trained:
+            raise RuntimeError(
+                "the adapter's tensors were moved to another device or replaced between two "
+                "steps: move and wrap the model before training and before load_state_dict"
+            )
+        for known in (self.stacks, self._outer, self._inner_group, self.inner.param_groups):
+            known.clear()
+        self._built = [(list(group["params"]), *rest) for group, (_, *rest) in groups]
+        for index in range(len(groups)):
+            self._build(index, adopt=True)
 
     def _finite(self, gradients: list[Tensor]) -> bool:
         for stack, g in zip(self.stacks, gradients, strict=True):
@@ -229,12 +253,13 @@ class OPOptimizer(Optimizer):
         norms = [
             s.squared_norm(g, t) for s, g, t in zip(self.stacks, gradients, trunks, strict=True)
         ]
-        squares = [torch.linalg.vector_norm(g, dtype=_state_dtype([g])) ** 2 for g in direct]
-        norm = sum([*norms, *squares]) ** 0.5
+        roots = [torch.linalg.vector_norm(g, dtype=_state_dtype([g])) for g in direct]
+        roots = [r.full_tensor() if isinstance(r, DTensor) else r for r in roots]
+        norm = sum([*norms, *(root**2 for root in roots)]) ** 0.5
         scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         flat = [t for trunk in trunks for t in trunk]
         for tensor in [*gradients, *flat, *direct]:
-            tensor.mul_(scale)
+            local(tensor).mul_(scale)
 
     # State
 
@@ -285,13 +310,18 @@ class OPOptimizer(Optimizer):
                 entries.append((stack, i, entry))
         super().load_state_dict({**state_dict, "state": {}})
         loaded = {id(p): state[index[id(p)]] for p in params if index[id(p)] in state}
+        changed = set()
         for stack, i, entry in entries:
+            mine = stack.state(i)
+            if not all(torch.equal(entry["mlp"][n].to(t), t) for n, t in mine.items()):
+                changed.add(stack)
             stack.load(i, entry["mlp"], entry["active"])
             for name, tensor in self._stateful(stack, i).items():
                 loaded[id(tensor)] = entry["inner"].get(name)
         self._load_inner({key: value for key, value in loaded.items() if value})
-        for stack in self.stacks:
+        for stack in changed:  # accelerate loads back what it has just saved
             stack.loaded()
+        self._trained |= bool(changed)
 
     def _load_inner(self, state: dict[int, dict]):
         """Through the inner optimizer's own loading, which knows its dtypes and devices."""
@@ -424,6 +454,8 @@ def _check_tensor(tensor, name: str, known: set[int]):
     known.add(id(tensor))
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise ValueError(f"{name} has dtype {tensor.dtype}: quantised tensors cannot be predicted")
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device: load the model before its optimizer")
     if not tensor.requires_grad:
         raise ValueError(f"{name} is frozen: set requires_grad=True or leave it out")
     if not tensor.is_leaf:

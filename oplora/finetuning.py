@@ -1,0 +1,104 @@
+"""What the fine-tuning experiments share: training with resume, its figures, and the dry run."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from peft import PeftModel
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from oplora.methods import OptimizerFactory, add_adapter
+from oplora.peft import parameter_report
+from oplora.runs import Run, peak_memory_bytes
+from oplora.trainer import OPTrainer
+
+
+def train(
+    model: nn.Module,
+    create_optimizer: OptimizerFactory,
+    training: DictConfig,
+    run: Run,
+    **trainer_options: Any,
+) -> dict[str, Any]:
+    """Train with HF Trainer, from the last whole checkpoint of this run if there is one.
+
+    training: the config of TrainingArguments, without output_dir. Returns the run's figures; an
+    adapter is saved in the run's folder as stock PEFT would, checkpoints are removed.
+    """
+    folder = run.path / "checkpoints"
+    arguments: TrainingArguments = instantiate(training, output_dir=str(folder), _convert_="all")
+    trainer = OPTrainer(model, arguments, optimizer_factory=create_optimizer, **trainer_options)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=whole_checkpoint(folder))
+    seconds = time.perf_counter() - start
+    optimizer = trainer.optimizer.optimizer  # inside accelerate's
+    if isinstance(model, PeftModel):
+        model.save_pretrained(run.path / "adapter")
+    history = trainer.state.log_history
+    directly = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter = parameter_report(model)["adapter_parameters"]
+    mlp = getattr(optimizer, "mlp_parameters", 0)
+    return {
+        "train_seconds": round(seconds, 1),
+        "steps": trainer.state.global_step,
+        "train_loss": [[e["step"], e["loss"]] for e in history if "loss" in e],
+        "validation_loss": [[e["step"], e["eval_loss"]] for e in history if "eval_loss" in e],
+        "adapter_parameters": adapter,
+        "mlp_parameters": mlp,
+        "trained_parameters": mlp + directly - adapter if mlp else directly,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def whole_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end; a torn one is deleted."""
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+        if Path(last, "trainer_state.json").exists():  # Trainer writes it last
+            return last
+        shutil.rmtree(last)
+    return None
+
+
+def describe(cfg: DictConfig, auto_class: type) -> str:
+    """The dry run: what would be trained, on what and how large; no weights or data are loaded.
+
+    Reads from the config `sources` (what is loaded from where, with revisions), `architecture`
+    (a transformers config, for `auto_class.from_config`), `train_rows` and `training`.
+    """
+    with torch.device("meta"):
+        model = auto_class.from_config(instantiate(cfg.architecture, _convert_="all"))
+    base = sum(p.numel() for p in model.parameters())
+    adapter = instantiate(cfg.method.adapter, _convert_="all")
+    options = {
+        key: cfg.method.create_optimizer[key]
+        for key in ("mlp_width", "z_dim", "shared_trunk")
+        if key in cfg.method.create_optimizer
+    }
+    if adapter is not None:
+        if hasattr(adapter, "init_lora_weights"):
+            adapter.init_lora_weights = True  # others look at weights; the counts are the same
+        with torch.device("meta"):
+            model = add_adapter(model, adapter)
+    report = parameter_report(model, **options)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    steps = cfg.training.get("max_steps", -1)
+    batch = cfg.training.per_device_train_batch_size * cfg.training.gradient_accumulation_steps
+    if steps < 0:
+        steps = -(-cfg.train_rows // batch) * cfg.training.num_train_epochs
+    gigabytes = (base * cfg.weight_bytes + 4 * trained + report["optimizer_state_bytes"]) / 1e9
+    lines = [
+        *(f"{name}: {source}" for name, source in cfg.sources.items()),
+        f"method: {cfg.method.name}, rank {cfg.rank}, learning rate {cfg.lr:g}, seed {cfg.seed}",
+        f"base parameters: {base:,}",
+        f"adapter parameters: {report['adapter_parameters']:,}",
+        f"MLP parameters: {report['mlp_parameters']:,}",
+        f"optimizer steps: {steps:,} of {batch} rows on one device ({cfg.train_rows:,} rows)",
+        f"memory: about {gigabytes:.1f} GB for weights, gradients and optimizer, plus activations",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""Means with intervals, over seeds and over items."""
+
+import math
+from collections.abc import Sequence
+
+import numpy
+
+# Two-sided 95% quantiles of Student's t for 1, 2, … degrees of freedom; beyond: the normal's.
+_T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and the half-width of its 95% t-interval (None for a single value)."""
+    values = numpy.asarray(values, float)
+    n = len(values)
+    if n == 0:
+        raise ValueError("no values to average")
+    if n == 1:
+        return float(values[0]), None
+    quantile = _T95[n - 2] if n - 2 < len(_T95) else 1.96
+    return float(values.mean()), float(quantile * values.std(ddof=1) / math.sqrt(n))
+
+
+def shown(values: Sequence[float], digits: int, scale: float = 1.0) -> str | None:
+    """ "71.2 ± 0.8 (3)": mean, half-width and number of values; None where there is none."""
+    if len(values) == 0:
+        return None
+    mean, half = mean_interval(numpy.asarray(values, float) * scale)
+    if half is None:
+        return f"{mean:.{digits}f} (1)"
+    return f"{mean:.{digits}f} ± {half:.{digits}f} ({len(values)})"
+
+
+def paired_bootstrap(
+    differences: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000
+) -> tuple[float, float, float]:
+    """(Weighted) mean of differences over shared items, and its 95% bootstrap interval."""
+    differences = numpy.asarray(differences, float)
+    weights = numpy.ones_like(differences) if weights is None else numpy.asarray(weights, float)
+    picks = numpy.random.default_rng(0).integers(len(differences), size=(draws, len(differences)))
+    means = (differences * weights)[picks].sum(1) / weights[picks].sum(1)
+    low, high = numpy.quantile(means, [0.025, 0.975])
+    return float((differences * weights).sum() / weights.sum()), float(low), float(high)

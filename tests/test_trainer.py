@@ -1,0 +1,189 @@
+"""OPTrainer: resuming, accumulation, checkpointing, other ways to hand over an optimizer."""
+
+from functools import partial
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from hydra.utils import get_class
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import FAMILIES, decoder
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+
+import oplora
+
+TARGETS = ["q_proj", "v_proj", "up_proj"]
+
+
+def data(rows=32):
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(3, 64, (rows, 8), generator=generator)
+    return [dict(input_ids=row, labels=row) for row in tokens]
+
+
+def arguments(folder, cls=TrainingArguments, **kw):
+    options = dict(
+        use_cpu=True,
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+        weight_decay=0.01,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        dataloader_pin_memory=False,
+    )
+    return cls(str(folder), **{**options, **kw})
+
+
+def model(dtype=torch.float32, **kw):
+    config = LoraConfig(**{"r": 4, "target_modules": TARGETS, "use_dora": True, **kw})
+    return get_peft_model(decoder().to(dtype), config)
+
+
+def adapter(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def difference(first, second):
+    return max((first[n] - second[n]).abs().max().item() for n in first)
+
+
+def trained(folder, build=model, trainer_cls=oplora.OPTrainer, resume=None, trainer_kw=None, **kw):
+    net = build()
+    start = {n: p.detach().clone() for n, p in net.named_parameters() if p.requires_grad}
+    trainer = trainer_cls(net, arguments(folder, **kw), train_dataset=data(), **(trainer_kw or {}))
+    trainer.train(resume_from_checkpoint=resume)
+    result = adapter(trainer)
+    assert difference(result, start) > 1e-3, "nothing was trained"
+    return trainer, result
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
+def test_resumed_run_is_bit_identical(modules_to_save, tmp_path):
+    build = partial(model, modules_to_save=modules_to_save)
+    options = dict(save_strategy="steps", save_steps=3, warmup_steps=2)
+    trainer, whole = trained(tmp_path / "whole", build, **options)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    _, resumed = trained(tmp_path / "resumed", build, resume=str(checkpoint), **options)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    last = PeftModel.from_pretrained(decoder(), tmp_path / "whole" / "checkpoint-6")
+    tokens = torch.stack([row["input_ids"] for row in data(4)])
+    with torch.no_grad():
+        assert torch.equal(last.eval()(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+def test_accumulation_4_times_2_equals_1_times_8(tmp_path):
+    whole = trained(tmp_path, per_device_train_batch_size=8)[1]
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert difference(trained(tmp_path, **options)[1], whole) <= 1e-5
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(use_reentrant, tmp_path):
+    plain = trained(tmp_path)[1]
+    kind = dict(use_reentrant=use_reentrant)
+    options = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=kind)
+    trainer, checkpointed = trained(tmp_path, **options)
+    assert trainer.model.is_gradient_checkpointing
+    assert difference(plain, checkpointed) == 0.0
+
+
+def test_defaults_come_from_the_training_arguments(tmp_path):
+    trainer, _ = trained(tmp_path, adam_epsilon=1e-6, adam_beta2=0.9)
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is oplora.OPAdamW
+    group = optimizer.param_groups[0]
+    assert (group["eps"], group["betas"], group["weight_decay"]) == (1e-6, (0.9, 0.9), 0.01)
+
+
+def test_any_factory_and_any_trainer(tmp_path):
+    class SequenceTrainer(oplora.OPTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    def build():
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        return get_peft_model(FAMILIES["encoder-decoder"].build(), config)
+
+    seen = []
+
+    def factory(net):
+        seen.append(net)
+        return oplora.create_oplora_optimizer(net, torch.optim.SGD, lr=0.3, mlp_width=4)
+
+    trainer, _ = trained(
+        tmp_path,
+        build,
+        SequenceTrainer,
+        trainer_kw=dict(optimizer_factory=factory),
+        cls=Seq2SeqTrainingArguments,
+    )
+    assert seen == [trainer.model]
+    assert isinstance(trainer.optimizer.optimizer.inner, torch.optim.SGD)
+
+
+def test_stock_trainer_takes_the_finished_optimizer(tmp_path):
+    def stock(net, args, **kw):
+        optimizer = oplora.create_oplora_optimizer(net, lr=3e-3, weight_decay=0.01, eps=1e-8)
+        return Trainer(net, args, optimizers=(optimizer, None), **kw)
+
+    assert difference(trained(tmp_path)[1], trained(tmp_path, trainer_cls=stock)[1]) == 0.0
+
+
+def test_stock_trainer_takes_the_class_alone(tmp_path):
+    choice = (get_class("oplora.OPAdamW"), dict(lr=3e-3, mlp_width=8))
+    options = dict(trainer_kw=dict(optimizer_cls_and_kwargs=choice), save_strategy="steps")
+    trainer, whole = trained(tmp_path / "a", trainer_cls=Trainer, save_steps=3, **options)
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is oplora.OPAdamW
+    assert all(len(block) == 1 for stack in optimizer.stacks for block in stack.blocks)
+    starts = [start for stack in optimizer.stacks for (start,) in stack.starts]
+    assert sorted(starts) == ["keep"] * 12 + ["zero"] * 6  # A and the magnitude; B
+    resumed = trained(
+        tmp_path / "b",
+        trainer_cls=Trainer,
+        save_steps=3,
+        resume=str(tmp_path / "a" / "checkpoint-3"),
+        **options,
+    )[1]
+    assert difference(whole, resumed) == 0.0
+
+
+class Refusing(oplora.OPTrainer):
+    """A trainer whose accelerator says that it runs under FSDP or DeepSpeed."""
+
+    def __init__(self, *args, deepspeed=False, fsdp_version=None, **kw):
+        self.fake = (deepspeed, fsdp_version)
+        super().__init__(*args, **kw)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_deepspeed_enabled, version = self.fake
+        self.is_fsdp_enabled = version is not None
+        plugin = type("Plugin", (), {"fsdp_version": version})
+        self.accelerator.state._shared_state["fsdp_plugin"] = plugin if version else None
+
+
+@pytest.mark.parametrize(
+    "fake, saving, words",
+    [
+        (dict(deepspeed=True), "no", "DeepSpeed is not supported"),
+        (dict(fsdp_version=1), "no", "fsdp_version: 2"),
+        (dict(fsdp_version=2), "steps", "save_only_model"),
+    ],
+)
+def test_what_does_not_work_is_refused(fake, saving, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        Refusing(model(), arguments(tmp_path, save_strategy=saving), **fake)
+
+
+def test_under_fsdp2_the_optimizer_is_made_again_after_wrapping(tmp_path):
+    trainer = oplora.OPTrainer(model(), arguments(tmp_path))
+    trainer.optimizer = AcceleratedOptimizer(trainer.create_optimizer())
+    first = trainer.optimizer.optimizer
+    trainer.is_fsdp_enabled = True
+    trainer.create_scheduler(10)
+    assert trainer.optimizer.optimizer is not first
+    assert trainer.lr_scheduler.optimizer is trainer.optimizer
