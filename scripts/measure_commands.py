@@ -11,8 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 from oplora.runs import environment, write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> int:

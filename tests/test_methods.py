@@ -54,11 +54,7 @@ def method(name, family=FAMILIES["decoder"], **choices):
 
 
 def train(family, model, optimizer, steps=2):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = family.loss(model)
-        loss.backward()
-        optimizer.step()
+    family.train(model, optimizer, steps)
     return family.loss(model).item()
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 
@@ -17,6 +18,16 @@ class Family(NamedTuple):
     def output(self, model: nn.Module) -> Tensor:
         result = model(**self.batch)
         return result.logits if "labels" in self.batch else result.sample
+
+    def train(self, model: nn.Module, optimizer: Optimizer, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = self.loss(model)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
 
     def loss(self, model: nn.Module) -> Tensor:
         if "labels" in self.batch:

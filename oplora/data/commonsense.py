@@ -124,12 +124,10 @@ def packaged_examples(
 ) -> list[Example]:
     """Balanced subset of the packaged items that fall on `side`, tasks mixed.
 
-    `layout` is "cloze" or "paper". Examples of more than `max_tokens` tokens (prompt and longest
+    `layout`, `spacing`: see `packaged_example`. Examples of more than `max_tokens` tokens (prompt and longest
     choice) are left out, `items_per_task` (None: all) of the rest are drawn by `seed`. `folder`
     is that of the unpacked package (None: fetched).
     """
-    if layout not in ("cloze", "paper"):
-        raise ValueError(f"layout={layout!r} is unknown: use 'cloze' or 'paper'")
     _check_side(side)
     chosen = []
     for task in tasks:
@@ -138,13 +136,8 @@ def packaged_examples(
             for item in packaged_items(task, folder)
             if split_side(item, test_fraction, validation_fraction) == side
         )
-        examples = (
-            cloze_example(item)
-            if layout == "cloze"
-            else paper_example(paper_record(item), item.id, task, side, spacing)
-            for item in shuffled(items, seed)
-        )
         # Lazily, for counting the tokens of everything takes longer than all the rest.
+        examples = (packaged_example(i, layout, side, spacing) for i in shuffled(items, seed))
         fitting = (e for e in examples if not max_tokens or token_count(tokenizer, e) <= max_tokens)
         taken = list(islice(fitting, items_per_task))
         if items_per_task is not None and len(taken) < items_per_task:
@@ -154,6 +147,15 @@ def packaged_examples(
             )
         chosen += taken
     return shuffled(chosen, seed)
+
+
+def packaged_example(item: Item, layout: str, side: str, spacing: str = "upstream") -> Example:
+    """The item in one of the two layouts, "cloze" or "paper"."""
+    if layout == "cloze":
+        return cloze_example(item)
+    if layout == "paper":
+        return paper_example(paper_record(item), item.id, item.task, side, spacing)
+    raise ValueError(f"layout={layout!r} is unknown: use 'cloze' or 'paper'")
 
 
 def cloze_example(item: Item) -> Example:

@@ -132,7 +132,7 @@ def evaluate_loglikelihood(
 def held_out_nll(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Iterable[Question],
+    questions: Sequence[Question],
     *,
     tokens_per_row: int = 256,
 ) -> float:
@@ -141,9 +141,15 @@ def held_out_nll(
     The number that `summary` gives, at the cost of one choice per question.
     """
     trees = (question_tree(tokenizer, q.prompt, [q.choices[q.answer]]) for q in questions)
-    with _evaluating(model):
-        rows = (row_logprobs(model, pack(group)) for group in in_rows(trees, tokens_per_row))
-        return -torch.cat([choice for row in rows for (choice,) in row]).mean().item()
+    scored = []
+    with (
+        _evaluating(model),
+        tqdm(total=len(questions), desc="Held-out loss", unit="item", leave=False) as bar,
+    ):
+        for group in in_rows(trees, tokens_per_row):
+            scored += [choice for (choice,) in row_logprobs(model, pack(group))]
+            bar.update(len(group))
+    return -torch.cat(scored).mean().item()
 
 
 def summary(predictions: Iterable[Mapping[str, Any]]) -> dict[str, float]:

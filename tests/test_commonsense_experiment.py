@@ -1,0 +1,152 @@
+"""The commonsense experiment end to end: the paper's path with a tiny model of its class."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_language_model import tiny_llama, tiny_tokenizer
+
+from oplora.data.packaged_items import TASKS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A model folder, and records in the file layout of the LLM-Adapters repository."""
+    folder = tmp_path_factory.mktemp("commonsense")
+    tokenizer = tiny_tokenizer("left")
+    tokenizer.save_pretrained(folder / "model")
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+
+    def record(word, n):
+        answer = f"{word}{1 + n % 2}"
+        labels = f"{word}1/{word}2"
+        text = f"Which is warm? case {n}\n\n{word}1: sun {word}2: moon\n\nAnswer format: {labels}"
+        output = f"the correct answer is {answer}"
+        return {"instruction": text, "input": "", "output": output, "answer": answer}
+
+    def write(path, records):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(records))
+
+    write(
+        folder / "records/ft-training_set/commonsense_170k.json",
+        [record("answer", n) for n in range(40)],
+    )
+    for task in TASKS.values():
+        word = "true" if task.folder == "boolq" else task.word
+        write(
+            folder / f"records/dataset/{task.folder}/test.json", [record(word, n) for n in range(2)]
+        )
+    return folder
+
+
+def command(setting, runs, *overrides):
+    model = setting / "model"
+    return [
+        sys.executable, "experiments/commonsense.py", f"runtime.runs_dir={runs}",
+        f"model.pretrained_model_name_or_path={model}", "model.dtype=float32",
+        f"tokenizer.pretrained_model_name_or_path={model}", "~tokenizer.pad_token",
+        f"records={setting / 'records'}", "data.validation_rows=8", "score_dtype=float32",
+        "~model.revision", "~tokenizer.revision", "rank=2", "alpha=4", "mlp_width=4",
+        "training.bf16=false", "+training.use_cpu=true", "training.per_device_train_batch_size=4",
+        "training.eval_steps=3", "training.save_steps=3", "evaluate.max_new_tokens=4",
+        "evaluate.num_beams=2", *overrides,
+    ]  # fmt: skip
+
+
+def run(setting, runs, *overrides):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command(setting, runs, *overrides),
+        cwd=ROOT, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+
+
+def only(folder):
+    (path,) = folder.rglob("metrics.json")
+    return path.parent, json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("method", ["oplora", "opdora", "lora", "lora_matched_mlp_start", "full"])
+def test_paper_path_trains_scores_and_is_skipped_when_finished(setting, tmp_path, method):
+    done = run(setting, tmp_path, f"method={method}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    path, metrics = only(tmp_path)
+    assert metrics["steps"] == 24 and len(metrics["validation_loss"]) == 8
+    assert 0 <= metrics["accuracy"] <= 1 and set(TASKS) == {
+        key.removeprefix("accuracy_") for key in metrics if key.startswith("accuracy_")
+    }
+    predictions = (path / "predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == 2 * len(TASKS)
+    assert (path / "adapter" / "adapter_model.safetensors").exists() == (method != "full")
+    assert not (path / "checkpoints").exists()
+    assert metrics["mlp_parameters"] > 0 or not method.startswith("op")
+    assert "finished already" in run(setting, tmp_path, f"method={method}").stdout
+
+
+@pytest.mark.parametrize("when", ["training", "scoring"])
+def test_killed_and_resumed_equals_undisturbed(setting, tmp_path, when):
+    slower = ["training.num_train_epochs=6", "evaluate.batch_size=1"]
+    process = subprocess.Popen(
+        command(setting, tmp_path / "killed", *slower),
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    trace = "trainer_state.json" if when == "training" else "predictions.jsonl"
+    deadline = time.time() + 120
+    while not any(p.stat().st_size for p in (tmp_path / "killed").rglob(trace)):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(tmp_path.rglob("metrics.json"))
+    results = []
+    for name in ("killed", "calm"):
+        done = run(setting, tmp_path / name, *slower)
+        assert done.returncode == 0, done.stderr[-3000:]
+        path, metrics = only(tmp_path / name)
+        adapter = (path / "adapter" / "adapter_model.safetensors").read_bytes()
+        rows = (path / "predictions.jsonl").read_text()
+        keep = ("accuracy", "validation_nll", "validation_loss", "steps")
+        results.append(({k: metrics[k] for k in keep}, adapter, rows))
+    assert results[0] == results[1]
+
+
+def test_loglikelihood_switch_and_seeds(setting, tmp_path):
+    score = "evaluate._target_=oplora.metrics.commonsense.evaluate_loglikelihood"
+    drop = ["~evaluate.num_beams", "~evaluate.max_new_tokens", "~evaluate.batch_size"]
+    arguments = [a for a in command(setting, tmp_path, score) if "evaluate." not in a]
+    done = subprocess.run([*arguments, score, *drop], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, metrics = only(tmp_path)
+    assert metrics["held_out_nll"] > 0
+
+
+def test_missing_data_is_one_line(setting, tmp_path):
+    done = run(setting, tmp_path / "runs", "records=nowhere")
+    assert done.returncode == 2 and "nowhere" in done.stderr
+    assert len([x for x in done.stderr.splitlines() if x.startswith("error:")]) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("preset", ["paper", "small"])
+@pytest.mark.parametrize("method", ["oplora", "pissa", "full"])
+def test_dry_run_loads_nothing(tmp_path, preset, method):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OPLORA_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "experiments/commonsense.py", "dry_run=true", f"preset={preset}",
+         f"method={method}", f"runtime.runs_dir={tmp_path / 'runs'}"],
+        cwd=ROOT, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in ("model:", "data:", "optimizer steps:", "MLP parameters:", "memory: about"):
+        assert words in done.stdout
+    assert not list(tmp_path.iterdir())
+    if (preset, method) == ("paper", "oplora"):
+        assert "adapter parameters: 56,098,816" in done.stdout
