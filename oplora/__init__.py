@@ -4,7 +4,7 @@ from importlib import import_module
 
 _HOMES = {
     "AdapterMLP": "mlp",
-    "OPAdamW": "optimizer",
+    "OPAdamW": "adamw",
     "OPOptimizer": "optimizer",
     "OPTrainer": "trainer",
     "OPTrainerMixin": "trainer",

@@ -5,8 +5,7 @@ gradient of the tensors that the MLP predicts. `step` gathers g, applies J^T, up
 an ordinary torch optimizer and writes f(phi) back into the tensors. The model never sees the
 MLP: its adapter stays a plain one, at every step.
 
-`OPOptimizer` serves any torch.optim class. `OPAdamW` computes the same as
-`OPOptimizer(…, torch.optim.AdamW)` without ever forming the gradient of W2.
+`OPOptimizer` serves any torch.optim class; `oplora.adamw.OPAdamW` is the fast form for AdamW.
 """
 
 import math
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from oplora.rank1 import rank1_adamw_
+from oplora.checks import check_choice, check_tensor
 from oplora.stack import MLPStack, local
 
 _MLP_OPTIONS = ("mlp_width", "z_dim", "z_init", "kaiming_a", "seed", "start")
@@ -62,9 +61,9 @@ class OPOptimizer(Optimizer):
         edited: str = "absorb",
         **optimizer_kwargs: Any,
     ):
-        _check_choice("clip", clip, (None, "mlp"))
-        _check_choice("nonfinite", nonfinite, ("raise", "skip"))
-        _check_choice("edited", edited, ("absorb", "raise"))
+        check_choice("clip", clip, (None, "mlp"))
+        check_choice("nonfinite", nonfinite, ("raise", "skip"))
+        check_choice("edited", edited, ("absorb", "raise"))
         if issubclass(optimizer_cls, torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates the loss within a step: use a first-order optimizer")
         if hasattr(optimizer_cls, "eval"):
@@ -106,7 +105,7 @@ class OPOptimizer(Optimizer):
         known = {id(t) for g in self.param_groups for t in g["params"]}
         for block, block_names in zip(blocks, names, strict=True):
             for tensor, name in zip(block, block_names, strict=True):
-                _check_tensor(tensor, name, known)
+                check_tensor(tensor, name, known)
         super().add_param_group(group)
         start = self.param_groups[index].pop("start")
         starts = [start] * len(blocks) if isinstance(start, str) else list(start)
@@ -371,101 +370,6 @@ class OPOptimizer(Optimizer):
         for group in self.param_groups:
             lines.append("  " + ", ".join(f"{key}={group[key]}" for key in keys))
         return "\n".join(lines)
-
-
-class OPAdamW(OPOptimizer):
-    """AdamW on MLPs that predict the given tensors: OP-LoRA at the price of its W2.
-
-    Equal to `OPOptimizer(params, torch.optim.AdamW, …)`, but the rank-1 gradient h ⊗ g of W2 is
-    formed a few rows at a time in a scratch that stays in cache, and moments exist only for rows
-    whose unit was ever on (about half of them). Other arguments: `OPOptimizer`.
-    """
-
-    _compact = True
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-        **mlp_options: Any,
-    ):
-        self._moments: dict[int, dict[str, Tensor]] = {}  # by id of W2
-        adam = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        super().__init__(params, torch.optim.AdamW, **adam, fused=True, **mlp_options)
-
-    def _inner_parameters(self, stack: MLPStack) -> list[Tensor]:
-        return [tensor for trunk in stack.trunks for tensor in trunk.values()]
-
-    def _update_W2(self, stack: MLPStack, i: int, g: Tensor, group: dict):
-        W2, n = stack.W2[i], stack.active[i]
-        state = self._moments.setdefault(id(W2), {})
-        if not state:
-            state["step"] = torch.zeros((), device=W2.device)
-            state["exp_avg"] = state["exp_avg_sq"] = W2.new_zeros(0, W2.shape[1])
-        for name in ("exp_avg", "exp_avg_sq"):
-            if len(state[name]) < n:
-                new = W2.new_zeros(n - len(state[name]), W2.shape[1])
-                state[name] = torch.cat([state[name], new])
-        state["step"] += 1
-        rank1_adamw_(
-            W2[:n],
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            stack.rows(i),
-            g,
-            state["step"],
-            **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")},
-        )
-        if group["weight_decay"]:
-            W2[n:].mul_(1 - group["lr"] * group["weight_decay"])
-
-    def _state_of(self, tensor: Tensor) -> dict:
-        return self._moments.get(id(tensor)) or super()._state_of(tensor)
-
-    def _load_inner(self, state: dict[int, dict]):
-        super()._load_inner(state)
-        self._moments = {
-            id(W2): {
-                # `step` stays fp32 like torch's; moments follow W2 whatever they were saved on
-                name: value.to(W2.device, torch.float32 if name == "step" else W2.dtype)
-                for name, value in state[id(W2)].items()
-            }
-            for stack in self.stacks
-            for W2 in stack.W2
-            if id(W2) in state
-        }
-
-
-def _check_choice(name: str, value, choices: tuple):
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, choices))}")
-
-
-def _check_tensor(tensor, name: str, known: set[int]):
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, not a tensor")
-    if id(tensor) in known:
-        raise ValueError(f"{name} is given twice: a tensor belongs to one block of one group")
-    known.add(id(tensor))
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise ValueError(f"{name} has dtype {tensor.dtype}: quantised tensors cannot be predicted")
-    if tensor.is_meta:
-        raise ValueError(f"{name} is on the meta device: load the model before its optimizer")
-    if not tensor.requires_grad:
-        raise ValueError(f"{name} is frozen: set requires_grad=True or leave it out")
-    if not tensor.is_leaf:
-        raise ValueError(f"{name} is computed from other tensors: give the parameter itself")
-    if hasattr(tensor, "ds_id"):
-        raise ValueError(
-            f"{name} belongs to DeepSpeed ZeRO-3, which is not supported: use DDP or FSDP2"
-        )
-    if getattr(tensor, "_is_flat_param", False) or type(tensor).__name__ == "FlatParameter":
-        raise ValueError(f"{name} is an FSDP1 flat parameter: use FSDP2 (fsdp_version: 2)")
 
 
 def _state_dtype(block: list[Tensor]) -> torch.dtype:

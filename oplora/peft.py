@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from oplora.optimizer import OPAdamW, OPOptimizer
+from oplora.adamw import OPAdamW
+from oplora.optimizer import OPOptimizer
 
 # What wrappers put into parameter names: without it a name, and so the MLP that it seeds, is the
 # same compiled or not, checkpointed or not.

