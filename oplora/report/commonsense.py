@@ -38,9 +38,14 @@ def section(records: list[Record]) -> Section | None:
         return None
     result = Section("Commonsense reasoning (Table 2)")
     result.parts.append(cited())
-    for preset in sorted({r.config["preset"] for r in mine}):
-        result.parts += _parts(preset, [r for r in mine if r.config["preset"] == preset])
+    for scale in sorted({_scale(r) for r in mine}):
+        result.parts += _parts(scale, [r for r in mine if _scale(r) == scale])
     return result
+
+
+def _scale(record: Record) -> tuple[str, str]:
+    """What may share a table: runs of one preset and one type of the base weights."""
+    return record.config["preset"], record.config["model"]["dtype"]
 
 
 def cited() -> Table:
@@ -51,8 +56,10 @@ def cited() -> Table:
     return Table("commonsense_paper", f"Cited: {table['source']}.", pandas.DataFrame(rows))
 
 
-def _parts(preset: str, records: list[Record]) -> list:
-    scale = SCALES[preset]
+def _parts(key: tuple[str, str], records: list[Record]) -> list:
+    preset, dtype = key
+    name = f"commonsense_{preset}_{dtype}"
+    scale = f"{SCALES[preset]}, base weights in {dtype}"
     sweep = rates_of(records)
     chosen = {method: min(rates, key=lambda r: mean_interval(rates[r])[0])
               for method, rates in sweep.items()}  # fmt: skip
@@ -63,19 +70,19 @@ def _parts(preset: str, records: list[Record]) -> list:
     parts: list = [
         f"{scale}. The learning rate of every method is the one with the lowest validation NLL of "
         "the same grid (mean over seeds); the test set is scored at that rate only.",
-        sensitivity(preset, sweep),
-        Table(f"commonsense_{preset}_rates", f"Validation NLL by learning rate; {scale}.",
+        sensitivity(name, scale, sweep),
+        Table(f"{name}_rates", f"Validation NLL by learning rate; {scale}.",
               rate_table(sweep, chosen)),
     ]  # fmt: skip
     if final:
         parts += [
-            Table(f"commonsense_{preset}", f"{scale}: test set, mean ± 95% interval (seeds). "
+            Table(name, f"{scale}: test set, mean ± 95% interval (seeds). "
                   "Accuracy in percent; NLL in nats per token of the correct answer.",
                   results(final)),
-            Table(f"commonsense_{preset}_paired", f"{scale}: difference to LoRA on the same test "
+            Table(f"{name}_paired", f"{scale}: difference to LoRA on the same test "
                   "items (all shared seeds), mean [95% bootstrap interval over items].",
                   paired(final)),
-            curves(preset, final),
+            curves(name, scale, final),
         ]  # fmt: skip
         statement = beyond(final, chosen)
         if statement:
@@ -188,7 +195,7 @@ def beyond(final: list[Record], chosen: dict) -> str | None:
     )
 
 
-def sensitivity(preset: str, sweep: dict) -> Picture:
+def sensitivity(name: str, scale: str, sweep: dict) -> Picture:
     figure = Figure(figsize=(8, 4.5))
     axis = figure.subplots()
     for method, by_rate in sweep.items():
@@ -202,11 +209,11 @@ def sensitivity(preset: str, sweep: dict) -> Picture:
     axis.set_xlabel("learning rate")
     axis.set_ylabel("validation NLL, nats per token")
     axis.legend(frameon=False, fontsize=8)
-    caption = f"Validation loss after training against the learning rate; {SCALES[preset]}."
-    return Picture(f"commonsense_{preset}_rates", caption, figure)
+    caption = f"Validation loss after training against the learning rate; {scale}."
+    return Picture(f"{name}_rates", caption, figure)
 
 
-def curves(preset: str, final: list[Record]) -> Picture:
+def curves(name: str, scale: str, final: list[Record]) -> Picture:
     figure = Figure(figsize=(8, 4.5))
     axis = figure.subplots()
     for method, runs in _by_method(final).items():
@@ -224,9 +231,9 @@ def curves(preset: str, final: list[Record]) -> Picture:
     axis.legend(frameon=False, fontsize=8)
     caption = (
         f"Held-out loss during training, each method at its best rate (mean and range over "
-        f"seeds); {SCALES[preset]}."
+        f"seeds); {scale}."
     )
-    return Picture(f"commonsense_{preset}_curves", caption, figure)
+    return Picture(f"{name}_curves", caption, figure)
 
 
 def _by_method(records: list[Record]) -> dict[str, list[Record]]:

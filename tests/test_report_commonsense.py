@@ -1,0 +1,106 @@
+"""The commonsense part of the report: choice of rates, intervals, paired differences."""
+
+import json
+
+import pandas
+import pytest
+import yaml
+
+from oplora import report
+from oplora.report import commonsense
+from oplora.report.statistics import mean_interval, paired_bootstrap, shown
+
+
+def store(folder, method, lr, seed, validation, nll=None, preset="small", dtype="float32"):
+    path = folder / f"{preset}-{dtype}-{method}-{lr}-{seed}-{nll is not None}"
+    path.mkdir(parents=True)
+    config = {
+        "experiment": "commonsense", "preset": preset, "method": {"name": method}, "lr": lr,
+        "seed": seed, "model": {"dtype": dtype}, "score_test": nll is not None,
+    }  # fmt: skip
+    metrics = {
+        "validation_nll": validation, "validation_loss": [[10, 4.0], [20, validation]],
+        "trained_parameters": 10, "adapter_parameters": 10, "train_seconds": 5.0,
+        "peak_memory_bytes": 2_000_000_000,
+    }  # fmt: skip
+    if nll is not None:
+        metrics |= {"held_out_nll": nll, "accuracy": 0.5, "accuracy_piqa": 0.5}
+        rows = [
+            {"id": f"i{k}", "task": "piqa", "answer": 0, "correct": k % 2 == 0,
+             "logprobs": [-nll * (k + 1), -9.0], "tokens": [k + 1, 2]}
+            for k in range(4)
+        ]  # fmt: skip
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (path / "predictions.jsonl").write_text(text)
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    (path / "environment.json").write_text("{}")
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    return path
+
+
+@pytest.fixture
+def stored(tmp_path):
+    runs = tmp_path / "runs"
+    for lr, value in ((1e-4, 3.5), (1e-3, 3.2), (1e-2, 3.4)):
+        store(runs, "lora", lr, 0, value)
+        store(runs, "oplora", lr / 10, 0, value - 0.1)
+    for seed, shift in enumerate((0.0, 0.1, -0.1)):
+        store(runs, "lora", 1e-3, seed, 3.2, nll=3.0 + shift)
+        store(runs, "oplora", 1e-4, seed, 3.1, nll=2.9 + shift)
+    return runs
+
+
+def table(out, name):
+    return pandas.read_csv(out / "tables" / f"{name}.csv")
+
+
+def test_every_method_is_scored_at_its_own_best_rate(stored, tmp_path):
+    store(stored, "lora", 1e-2, 0, 3.4, nll=1.0)  # a rate that was not chosen: not in the table
+    report.render(stored, tmp_path)
+    name = "commonsense_small_float32"
+    rates = table(tmp_path, f"{name}_rates").set_index("method")
+    assert rates.loc["LoRA", "0.001"] == "3.200*" and rates.loc["OP-LoRA", "0.0001"] == "3.100*"
+    final = table(tmp_path, name).set_index("method")
+    assert final.loc["LoRA", "held-out NLL"] == "3.000 ± 0.248 (3)"
+    assert final.loc["OP-LoRA", "held-out NLL"] == "2.900 ± 0.248 (3)"
+    assert final.loc["LoRA", "average"] == "50.0 ± 0.0 (3)"
+    paired = table(tmp_path, f"{name}_paired").set_index("method")
+    assert paired.loc["OP-LoRA", "items × seeds"] == 12
+    assert paired.loc["OP-LoRA", "NLL"] == "-0.100 [-0.100, -0.100]"
+    text = (tmp_path / "report.md").read_text()
+    assert "gains nothing that the seeds' spread would show" in text
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_marked(tmp_path):
+    for lr, value in ((1e-4, 3.5), (1e-3, 3.2)):
+        store(tmp_path / "runs", "lora", lr, 0, value)
+    report.render(tmp_path / "runs", tmp_path)
+    rates = table(tmp_path, "commonsense_small_float32_rates")
+    assert rates.loc[0, "0.001"] == "3.200* (edge)"
+
+
+def test_scales_and_weight_types_are_never_mixed(stored, tmp_path):
+    store(stored, "lora", 1e-3, 0, 1.0, nll=0.5, preset="paper", dtype="bfloat16")
+    store(stored, "lora", 1e-3, 0, 9.0, nll=8.0, dtype="bfloat16")
+    report.render(stored, tmp_path)
+    assert table(tmp_path, "commonsense_small_float32").loc[0, "held-out NLL"].startswith("3.000")
+    assert table(tmp_path, "commonsense_small_bfloat16").loc[0, "held-out NLL"] == "8.000 (1)"
+    assert table(tmp_path, "commonsense_paper_bfloat16").loc[0, "held-out NLL"] == "0.500 (1)"
+
+
+def test_cited_values_are_the_papers():
+    rows = commonsense.cited().rows.set_index("method")
+    assert rows.loc["oplora", "average"] == 77.1 and rows.shape == (6, 9)
+    for name in rows.index[:2]:  # the paper's averages are those of its own columns
+        assert abs(rows.loc[name].iloc[:8].mean() - rows.loc[name, "average"]) < 0.06
+
+
+def test_statistics_by_hand():
+    assert mean_interval([2.0]) == (2.0, None)
+    mean, half = mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5)
+    assert shown([], 1) is None and shown([0.5], 1, 100) == "50.0 (1)"
+    mean, low, high = paired_bootstrap([1.0, 3.0], [3.0, 1.0])
+    assert mean == 1.5 and low == 1.0 and high == 3.0
+    with pytest.raises(ValueError):
+        mean_interval([])
