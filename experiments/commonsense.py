@@ -28,6 +28,7 @@ def main(cfg: DictConfig) -> None:
             print(f"{run.path} is finished already")
             return
         set_seed(cfg.seed)
+        torch.set_float32_matmul_precision(cfg.matmul_precision)
         tokenizer = instantiate(cfg.tokenizer)
         sides = instantiate(cfg.data, _convert_="all")(tokenizer, seed=cfg.seed)
         encoded = {
@@ -46,6 +47,7 @@ def main(cfg: DictConfig) -> None:
             eval_dataset=encoded["validation"],
             data_collator=collator,
         )
+        torch.set_float32_matmul_precision("highest")  # the merged weights differ by little
         model = model.to(getattr(torch, cfg.score_dtype))
         model = model.merge_and_unload() if isinstance(model, PeftModel) else model
         start = time.perf_counter()

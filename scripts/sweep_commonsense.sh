@@ -9,5 +9,5 @@ sweep() {
 }
 # OP-LoRA's steps are about 10 to 30 times larger at the same rate: grids of the same length,
 # shifted, so that every method's best rate lies inside its own.
-sweep method=oplora,lora_matched_mlp_start,opdora,lora_matched lr=1e-5,3e-5,1e-4,3e-4,1e-3 "$@"
-sweep method=lora,lora_mlp_start,dora lr=3e-4,1e-3,3e-3,1e-2,3e-2 "$@"
+sweep method=oplora,opdora,lora_matched_mlp_start,lora_matched lr=3e-5,1e-4,3e-4,1e-3,3e-3 "$@"
+sweep method=lora,dora,lora_mlp_start lr=3e-4,1e-3,3e-3,1e-2,3e-2 "$@"
