@@ -115,7 +115,7 @@ class SGD:
     """x ← x - lr g, for tensors with members in the first dimension."""
 
     def dense(self, name: str, x: Tensor, g: Tensor, lr: Tensor):
-        x.sub_(_like(lr, x) * g)
+        x.addcmul_(_like(lr, x), g, value=-1)
 
     def rank1(self, name: str, W: Tensor, h: Tensor, g: Tensor, lr: Tensor):
         rank1_sgd_(W, h, g, lr[:, None])
@@ -136,7 +136,7 @@ class Momentum(SGD):
 
     def dense(self, name, x, g, lr):
         buffer = self._buffer(name, x).mul_(self.momentum).add_(g)
-        x.sub_(_like(lr, x) * buffer)
+        x.addcmul_(_like(lr, x), buffer, value=-1)
 
     def rank1(self, name, W, h, g, lr):
         rank1_momentum_(W, self._buffer(name, W), h, g, lr[:, None], self.momentum)
@@ -328,8 +328,8 @@ def factorize(
     scale = 1 / M[0].numel() if problem.loss == "mse" else 1.0
 
     def gradients(A, B):
-        error = B @ A - M
-        return error, 2 * scale * B.mT @ error, 2 * scale * error @ A.mT
+        error = torch.baddbmm(M, B, A, beta=-1)
+        return error, (2 * scale * B).mT @ error, error @ (2 * scale * A).mT
 
     model = build(method, initial_A, rule, problem, seeds, len(rates), gradients, **mlp_options)
     lr = torch.tensor(rates, dtype=torch.float32).repeat_interleave(len(seeds))
@@ -341,7 +341,7 @@ def factorize(
     for step in bar:  # the last pass only measures
         A, B = model.tensors()
         error, gA, gB = gradients(A, B)
-        mse = error.square().mean((1, 2))
+        mse = torch.linalg.vector_norm(error, dim=(1, 2)).square() / M[0].numel()
         first = mse if first is None else first
         dead = alive & ~(mse < DIVERGED * first)
         diverged_at[dead] = step

@@ -24,8 +24,10 @@ def rank1_momentum_(
 ):
     """buffer ← momentum buffer + h ⊗ g, W ← W - lr buffer (torch.optim.SGD's momentum)."""
     buffer.mul_(momentum).addcmul_(h.unsqueeze(-1), g.unsqueeze(-2))
-    rate = lr.unsqueeze(-1) if isinstance(lr, Tensor) else lr
-    W.sub_(rate * buffer)
+    if isinstance(lr, Tensor):
+        W.addcmul_(buffer, lr.unsqueeze(-1), value=-1)
+    else:
+        W.sub_(buffer, alpha=lr)
 
 
 def rank1_adamw_(
