@@ -29,7 +29,6 @@ def output(model):
 
 METHODS = {
     "adalora": lambda: peft.AdaLoraConfig(total_step=100, **TARGETS),
-    "boft": lambda: peft.BOFTConfig(boft_block_size=8, **TARGETS),
     "c3a": lambda: peft.C3AConfig(block_size=8, **TARGETS),
     "delora": lambda: peft.DeloraConfig(r=4, **TARGETS),
     "fourierft": lambda: peft.FourierFTConfig(n_frequency=50, **TARGETS),
