@@ -361,15 +361,13 @@ def factorize(
     worse = alive & ~(mse < first)
     diverged = (~alive | worse).view(grid)
     final = torch.where(diverged, torch.nan, mse.view(grid))
+    references = [svd_reference(target, problem.rank) for target in targets]
     result = {
         "final_mse": _lists(final),
         "diverged": diverged.tolist(),
         "diverged_step": [[int(s) if s >= 0 else None for s in r] for r in diverged_at.view(grid)],
         "final_effective_rank": _lists(curves["effective_rank"][..., -1]),
-        **{
-            key: [svd_reference(target, problem.rank)[key] for target in targets]
-            for key in svd_reference(targets[0], problem.rank)
-        },
+        **{key: [reference[key] for reference in references] for key in references[0]},
         "adapter_parameters": A[0].numel() + B[0].numel(),
         "trained_parameters": model.trained_parameters,
     }

@@ -120,3 +120,19 @@ def test_loss_falls_and_other_optimizers_are_refused():
         create_control_optimizer(
             net, torch.optim.SGD, matched_steps=True, mlp_start=True, mlp_options=MLP, **OPTIONS
         )
+
+
+@pytest.mark.parametrize("mode", ["raise", "skip"])
+def test_nonfinite_gradients_change_nothing(mode):
+    net = model()
+    optimizer = control(net, True, True)
+    optimizer.nonfinite = mode
+    backward(net)
+    before = values(net)
+    next(iter(trained(net).values())).grad[0, 0] = float("nan")
+    if mode == "raise":
+        with pytest.raises(FloatingPointError):
+            optimizer.step()
+    else:
+        optimizer.step()
+    assert all(torch.equal(v, before[name]) for name, v in values(net).items())

@@ -30,26 +30,21 @@ class MatchedAdamW(OPAdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         multipliers = [1 + total for s in self.stacks for total in s.h.sum(1).tolist()]
-        outer = [group for s, group in self._groups_of_stacks() for _ in s.blocks]
-        for plain, multiplier, group in zip(
-            self.plain.param_groups, multipliers, outer, strict=True
-        ):
-            plain.update({key: group[key] for key in ("betas", "eps", "weight_decay")})
-            plain["lr"] = group["lr"] * multiplier
-        self.plain.step()
         tensors = [t.detach() for stack in self.stacks for t in stack.tensors]
-        values = [t.clone() for t in tensors]
+        values, skipped = [t.clone() for t in tensors], self.skipped_steps
+        loss = super().step(closure)  # checks the gradients, trains the MLPs
+        torch._foreach_copy_(tensors, values)  # what they wrote is replaced
+        if self.skipped_steps == skipped:
+            outer = [group for s, group in self._groups_of_stacks() for _ in s.blocks]
+            work = zip(self.plain.param_groups, multipliers, outer, strict=True)
+            for plain, multiplier, group in work:
+                plain.update({key: group[key] for key in ("betas", "eps", "weight_decay")})
+                plain["lr"] = group["lr"] * multiplier
+            self.plain.step()
         for stack in self.stacks:
             stack.accept()
-        super().step()  # the MLPs; what they write is replaced
-        torch._foreach_copy_(tensors, values)
-        for stack in self.stacks:
-            stack.accept()
-        return loss if closure is not None else None
+        return loss
 
     def _groups_of_stacks(self):
         for stack, number in zip(self.stacks, self._inner_group, strict=True):
