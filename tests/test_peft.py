@@ -4,28 +4,11 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, decoder
+from tiny_models import TARGETS, adapted, decoder, output, train
 from torch import nn
 
 import oplora
 from oplora.peft import adapter_blocks
-
-DECODER = FAMILIES["decoder"]
-TARGETS = dict(target_modules=["q_proj", "v_proj"])
-
-
-def adapted(config=None, **kw):
-    return get_peft_model(decoder(), config or LoraConfig(**{"r": 4, **TARGETS, **kw})).eval()
-
-
-def train(model, optimizer, steps):
-    return DECODER.train(model, optimizer, steps)
-
-
-def output(model):
-    with torch.no_grad():
-        return DECODER.output(model)
-
 
 METHODS = {
     "adalora": lambda: peft.AdaLoraConfig(total_step=100, **TARGETS),

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
@@ -87,3 +88,20 @@ FAMILIES = {
     "encoder-decoder": Family(encoder_decoder, _labelled(), ["q_proj", "v_proj"]),
     "unet": Family(unet, _latents(), ["to_q", "to_k", "to_v", "to_out.0"]),
 }
+
+
+DECODER = FAMILIES["decoder"]
+TARGETS = dict(target_modules=["q_proj", "v_proj"])
+
+
+def adapted(config=None, **kw):
+    return get_peft_model(decoder(), config or LoraConfig(**{"r": 4, **TARGETS, **kw})).eval()
+
+
+def train(model, optimizer, steps):
+    return DECODER.train(model, optimizer, steps)
+
+
+def output(model):
+    with torch.no_grad():
+        return DECODER.output(model)
