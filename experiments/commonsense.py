@@ -57,8 +57,8 @@ def main(cfg: DictConfig) -> None:
             score = instantiate(cfg.evaluate)
             metrics |= summary(score(model, tokenizer, sides["test"], predictions))
         metrics["evaluate_seconds"] = round(time.perf_counter() - start, 1)
-        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
         run.finish(metrics)
+        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
         print(f"{run.path}: validation NLL {metrics['validation_nll']:.4f}")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
-from oplora.report import commonsense, mf
+from oplora.report import commonsense, mf, sdxl
 from oplora.report.page import Section, write_report
 from oplora.runs import load_runs
 
@@ -17,7 +17,7 @@ def build(runs_dir: Path) -> list[Section]:
     if not runs_dir.is_dir():
         raise ValueError(f"{runs_dir} is no folder: give the folder that holds the runs")
     records, problems = load_runs(runs_dir)
-    parts = (mf.section(records), commonsense.section(records))
+    parts = [part.section(records) for part in (mf, sdxl, commonsense)]
     sections = [part for part in parts if part is not None]
     if not sections:
         raise ValueError(f"no finished run below {runs_dir}: run `make reproduce` first")

@@ -1,0 +1,104 @@
+"""SDXL (section 5.1, Table 1): learn a style from captioned images, measure generated ones."""
+
+import shutil
+import time
+from functools import partial
+
+import torch
+from datasets import Dataset
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from transformers import set_seed
+
+from oplora.data.assets import cache_folder
+from oplora.diffusion import DenoisingLoss, Snapshots, adapter_state, encode, export, held_out
+from oplora.entry import experiment
+from oplora.finetuning import describe, train
+from oplora.generation import Evaluation, merge
+from oplora.methods import apply_method
+from oplora.runs import Run, open_run
+
+
+@experiment("sdxl")
+def main(cfg: DictConfig) -> None:
+    if cfg.dry_run:
+        print(describe(cfg, UNet2DConditionModel))
+        return
+    torch.set_num_threads(cfg.runtime.threads)
+    with open_run(OmegaConf.to_container(cfg, resolve=True)) as run:
+        if run.finished:
+            print(f"{run.path} is finished already")
+            return
+        set_seed(cfg.seed)
+        torch.set_float32_matmul_precision(cfg.matmul_precision)
+        sides = ("train", "validation", "reference", "base_style")
+        data = {side: instantiate(cfg.dataset[side]) for side in sides}
+        pipeline = instantiate(cfg.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
+        encoded = {
+            side: encode(data[side], pipeline, cache_folder() / "sdxl-inputs", **cfg.encoding)
+            for side in ("train", "validation")
+            if data[side] is not None
+        }
+        images = Evaluation(
+            pipeline,
+            encoded["train"],
+            data["reference"],
+            run.path,
+            generate=OmegaConf.to_container(cfg.generate, resolve=True),
+            distance=instantiate(cfg.distance),
+            side_metrics=instantiate(cfg.side_metrics),
+        )
+        metrics = {}
+        if cfg.fine_tune:
+            metrics = fine_tune(cfg, run, pipeline, encoded, images)
+            merge(pipeline.unet)
+        if cfg.measure:
+            metrics |= measure(cfg, images, data["base_style"])
+        run.finish(metrics)
+        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+        print(f"{run.path}: {metrics.get('images', 'trained, no images')}")
+
+
+def fine_tune(
+    cfg: DictConfig,
+    run: Run,
+    pipeline: StableDiffusionXLPipeline,
+    encoded: dict[str, Dataset],
+    images: Evaluation,
+) -> dict:
+    """Train the method's adapter in the pipeline's U-Net and export it; the run's figures."""
+    pipeline.unet.requires_grad_(False)
+    unet, create_optimizer = apply_method(pipeline.unet, cfg.method)
+    cast_training_params(unet)  # the adapter in float32 on a half-precision base
+    initial = adapter_state(unet)
+    validation = encoded.get("validation")
+    metrics = train(
+        DenoisingLoss(unet, DDPMScheduler.from_config(pipeline.scheduler.config)),
+        create_optimizer,
+        cfg.training,
+        run,
+        train_dataset=encoded["train"],
+        eval_dataset=validation and held_out(validation, cfg.validation_draws),
+        callbacks=[
+            Snapshots(cfg.images.steps, partial(images.snapshot, count=cfg.images.at_steps))
+        ],
+    )
+    export(unet, run.path / "adapter", initial)
+    return metrics | {"snapshots": images.snapshots()}
+
+
+def measure(cfg: DictConfig, images: Evaluation, base_style: Dataset | None) -> dict:
+    """Generate and measure; for the model without fine-tuning also what to read it against."""
+    start = time.perf_counter()
+    metrics = {"images": images.measure(cfg.images.measured)}
+    if base_style is not None and not cfg.fine_tune:
+        metrics["yardsticks"] = images.yardsticks(base_style, cfg.images.measured)
+    metrics["captions"] = images.show(cfg.images.shown)
+    metrics["evaluate_seconds"] = round(time.perf_counter() - start, 1)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What the reports of the fine-tuning experiments share: methods beside one another."""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy
+import pandas
+from matplotlib.figure import Figure
+
+from oplora.report.page import Picture
+from oplora.report.statistics import mean_interval, shown
+from oplora.runs import Record
+
+NAMES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "oplora": "OP-LoRA",
+    "dora": "DoRA",
+    "opdora": "OP-DoRA",
+    "loraplus": "LoRA+",
+    "pissa": "PiSSA",
+    "lora_matched": "LoRA, OP's step sizes",
+    "lora_mlp_start": "LoRA, OP's first A",
+    "lora_matched_mlp_start": "LoRA, both",
+}
+Sweep = dict[str, dict[float, list[float]]]  # method → learning rate → one value per seed
+
+
+def by_method(records: list[Record]) -> dict[str, list[Record]]:
+    """Runs of every method, in the order in which the tables show them."""
+    groups = {
+        method: [r for r in records if r.config["method"]["name"] == method] for method in NAMES
+    }
+    return {method: runs for method, runs in groups.items() if runs}
+
+
+def rates_of(records: list[Record], value: Callable[[Record], float | None]) -> Sweep:
+    """What the learning rates are chosen by; one value per seed, None where a run has none."""
+    found: dict = defaultdict(lambda: defaultdict(dict))
+    for r in records:
+        number = value(r)
+        if number is not None:
+            found[r.config["method"]["name"]][r.config["lr"]][r.config["seed"]] = number
+    return {
+        method: {lr: list(found[method][lr].values()) for lr in sorted(found[method])}
+        for method in NAMES
+        if method in found
+    }
+
+
+def chosen_rates(sweep: Sweep, lower_is_better: bool = True) -> dict[str, float]:
+    """The best learning rate of every method."""
+    best = min if lower_is_better else max
+    return {
+        method: best(rates, key=lambda rate: mean_interval(rates[rate])[0])
+        for method, rates in sweep.items()
+    }
+
+
+def rate_table(sweep: Sweep, chosen: dict[str, float]) -> pandas.DataFrame:
+    """Methods by rates; the chosen rate is marked with a star, an edge of the grid with (edge)."""
+    rates = sorted({rate for by_rate in sweep.values() for rate in by_rate})
+    rows = []
+    for method, by_rate in sweep.items():
+        row = {"method": NAMES[method]}
+        for rate in rates:
+            text = f"{mean_interval(by_rate[rate])[0]:.3f}" if rate in by_rate else None
+            if text and rate == chosen[method]:
+                at_edge = rate in (min(by_rate), max(by_rate)) and len(by_rate) > 1
+                text += "*" + (" (edge)" if at_edge else "")
+            row[f"{rate:g}"] = text
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def cost_cells(runs: list[Record]) -> dict[str, str | int | None]:
+    """The columns that say what a method costs."""
+    return {
+        "trained parameters": runs[0].metrics["trained_parameters"],
+        "shipped parameters": runs[0].metrics["adapter_parameters"],
+        "train seconds": shown([r.metrics["train_seconds"] for r in runs], 0),
+        "peak memory, GB": shown([r.metrics["peak_memory_bytes"] for r in runs], 2, 1e-9),
+    }
+
+
+def sensitivity(
+    name: str, caption: str, sweep: Sweep, ylabel: str, margin: tuple[float, float] | None = None
+) -> Picture:
+    """Every method's result against its learning rate; margin: of the y axis around the best."""
+    figure = Figure(figsize=(8, 4.5))
+    axis = figure.subplots()
+    for method, by_rate in sweep.items():
+        means = [mean_interval(values)[0] for values in by_rate.values()]
+        axis.plot(list(by_rate), means, "o" + _line(method), ms=4, label=NAMES[method])
+    if margin:
+        best = min(min(map(min, by_rate.values())) for by_rate in sweep.values())
+        axis.set_ylim(best - margin[0], best + margin[1])
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel(ylabel)
+    axis.legend(frameon=False, fontsize=8)
+    return Picture(name, caption, figure)
+
+
+def curves(
+    name: str,
+    caption: str,
+    runs: dict[str, list[Record]],
+    points: Callable[[Record], list],
+    ylabel: str,
+    xlabel: str = "step",
+) -> Picture:
+    """Mean and range over seeds of `points(run)`, a list of (x, y), for every method."""
+    figure = Figure(figsize=(8, 4.5))
+    axis = figure.subplots()
+    for method, records in runs.items():
+        lines = [line for r in records if (line := points(r))]
+        if lines:
+            xs = [x for x, _ in lines[0]]
+            values = numpy.array([[y for _, y in line] for line in lines])
+            (drawn,) = axis.plot(xs, values.mean(0), _line(method), label=NAMES[method])
+            axis.fill_between(
+                xs, values.min(0), values.max(0), color=drawn.get_color(), alpha=0.15, lw=0
+            )
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.legend(frameon=False, fontsize=8)
+    return Picture(name, caption, figure)
+
+
+def _line(method: str) -> str:
+    return ":" if "_" in method else "-"  # controls are dotted
