@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
@@ -23,25 +24,15 @@ import oplora
 from oplora.methods import add_adapter
 from oplora.runs import environment, peak_memory_bytes, reset_peak_memory, write_atomically
 
-SDXL_UNET = {  # stabilityai/stable-diffusion-xl-base-1.0
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+PAPER = Path(__file__).resolve().parent.parent / "configs" / "sdxl" / "paper.yaml"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TIME_IDS = 6  # original size, crop corner, target size
 PHASES = ("forward", "backward", "optimizer_step")
+
+
+def sdxl_unet() -> dict:
+    """Config of SDXL 1.0's U-Net."""
+    return yaml.safe_load(PAPER.read_text(encoding="utf-8"))["architecture"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.resolution % 32 or options.resolution < 32 or options.steps < 1:
         parser.error("--resolution must be a multiple of 32, --steps at least 1")
-    config = json.loads(options.unet.read_text()) if options.unet else SDXL_UNET
+    config = json.loads(options.unet.read_text()) if options.unet else sdxl_unet()
     result = measure(config, options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out, json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -38,7 +38,7 @@ def script():
 
 def test_the_config_is_that_of_sdxl(script):
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(script.SDXL_UNET)
+        unet = UNet2DConditionModel.from_config(script.sdxl_unet())
         assert unet.num_parameters() == 2_567_463_684
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=4, target_modules=script.ATTENTION))

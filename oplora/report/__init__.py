@@ -4,12 +4,15 @@ import re
 from pathlib import Path
 
 import matplotlib
+import pandas
+import yaml
 
 from oplora.report import commonsense, mf, sdxl
-from oplora.report.page import Section, write_report
+from oplora.report.page import Section, Table, write_report
 from oplora.runs import load_runs
 
 matplotlib.use("Agg")
+DEVIATIONS = Path(__file__).resolve().parents[2] / "results" / "paper" / "deviations.yaml"
 
 
 def build(runs_dir: Path) -> list[Section]:
@@ -21,7 +24,7 @@ def build(runs_dir: Path) -> list[Section]:
     sections = [part for part in parts if part is not None]
     if not sections:
         raise ValueError(f"no finished run below {runs_dir}: run `make reproduce` first")
-    return [*sections, provenance(records, problems)]
+    return [*sections, deviations(), provenance(records, problems)]
 
 
 def render(runs_dir: Path, out: Path) -> Path:
@@ -42,6 +45,14 @@ def fill(text: str, tables: dict[str, str]) -> str:
         return f"<!-- {name} -->\n{tables[name]}\n<!-- /{name} -->"
 
     return re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", replacement, text, flags=re.DOTALL)
+
+
+def deviations() -> Section:
+    """Contradictions and gaps of the paper, with the choice made here and its switch."""
+    rows = pandas.DataFrame(yaml.safe_load(DEVIATIONS.read_text(encoding="utf-8")))
+    caption = "Each choice is a default in configs/; the switch is an override of any command."
+    table = Table("deviations", caption, rows, text=True)
+    return Section("Where the paper contradicts itself or is silent", [table])
 
 
 def provenance(records, problems: list[str]) -> Section:

@@ -1,4 +1,4 @@
-"""What a report consists of, and its three forms: report.md, CSV tables and one index.html."""
+"""What a report consists of, in Markdown, HTML, CSV, LaTeX and PNG."""
 
 import base64
 import html
@@ -61,6 +61,8 @@ def write_report(title: str, sections: list[Section], out: Path) -> Path:
                 body.append(f"<p>{html.escape(part)}</p>")
             elif isinstance(part, Table):
                 part.rows.to_csv(out / "tables" / f"{part.name}.csv", index=False)
+                latex = part.rows.map(_cell).to_latex(index=False, escape=True)
+                write_atomically(out / "tables" / f"{part.name}.tex", latex)
                 markdown.append(f"{part.caption}\n\n{markdown_table(part.rows)}")
                 body.append(_html_table(part))
             else:
