@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from oplora.report import build, fill
-from oplora.report.page import Table, markdown_table, write_report
+from oplora.report.page import Statement, Table, markdown_table, write_report
 from oplora.runs import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,13 +38,10 @@ def main() -> int:
 
 
 def fill_readme(sections: list) -> None:
-    """The README's tables, from the published runs and the measured commands."""
-    tables = {
-        part.name: markdown_table(part.rows)
-        for section in sections
-        for part in section.parts
-        if isinstance(part, Table)
-    }
+    """The README's tables and statements, from the published runs and the measured commands."""
+    parts = [part for section in sections for part in section.parts]
+    tables = {part.name: markdown_table(part.rows) for part in parts if isinstance(part, Table)}
+    tables |= {part.name: part.text for part in parts if isinstance(part, Statement)}
     measured = json.loads((ROOT / "results" / "benchmarks" / "commands.json").read_text())
     minutes = {c["command"]: c["minutes"] for c in measured["commands"]}
     tables["commands"] = (

@@ -65,10 +65,29 @@ def test_every_method_is_scored_at_its_own_best_rate(stored, tmp_path):
     assert final.loc["OP-LoRA", "held-out NLL"] == "2.900 ± 0.248 (3)"
     assert final.loc["LoRA", "average"] == "50.0 ± 0.0 (3)"
     paired = table(tmp_path, f"{name}_paired").set_index("method")
-    assert paired.loc["OP-LoRA", "items × seeds"] == 12
+    assert paired.loc["OP-LoRA", "items"] == 4
     assert paired.loc["OP-LoRA", "NLL"] == "-0.100 [-0.100, -0.100]"
     text = (tmp_path / "report.md").read_text()
-    assert "gains nothing that the seeds' spread would show" in text
+    assert "controls is LoRA: OP-LoRA is better, -0.100 [-0.100, -0.100]" in text
+
+
+def test_op_lora_is_judged_against_the_control_that_shares_step_sizes_and_start(stored, tmp_path):
+    for seed, shift in enumerate((0.0, 0.1, -0.1)):
+        store(stored, "lora_matched_mlp_start", 1e-4, seed, 3.1, nll=2.8 + shift)
+    report.render(stored, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "first A is LoRA, both: OP-LoRA is worse, +0.100 [+0.100, +0.100]" in text
+
+
+def test_a_rate_is_judged_by_the_seeds_that_all_rates_have(stored, tmp_path):
+    # a bad second seed at the chosen rate: the others have none, so it must not count
+    store(stored, "dora", 1e-4, 0, 3.5)
+    store(stored, "dora", 1e-3, 0, 3.2)
+    store(stored, "dora", 1e-3, 1, 9.0, nll=3.0)
+    store(stored, "dora", 1e-2, 0, 3.4)
+    report.render(stored, tmp_path)
+    rates = table(tmp_path, "commonsense_small_float32_rates").set_index("method")
+    assert rates.loc["DoRA", "0.001"] == "3.200*"
 
 
 def test_a_best_rate_at_the_edge_of_the_grid_is_marked(tmp_path):

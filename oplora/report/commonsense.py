@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy
 import pandas
 import yaml
 
@@ -17,7 +16,7 @@ from oplora.report.methods import (
     rates_of,
     sensitivity,
 )
-from oplora.report.page import Section, Table
+from oplora.report.page import Section, Statement, Table
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
 from oplora.runs import Record
 
@@ -82,7 +81,7 @@ def _parts(key: tuple[str, str], records: list[Record]) -> list:
                   "Accuracy in percent; NLL in nats per token of the correct answer.",
                   results(final)),
             Table(f"{name}_paired", f"{scale}: difference to LoRA on the same test "
-                  "items (all shared seeds), mean [95% bootstrap interval over items].",
+                  "items (mean over shared seeds) [95% bootstrap interval over items].",
                   paired(final)),
             curves(
                 f"{name}_curves",
@@ -95,7 +94,7 @@ def _parts(key: tuple[str, str], records: list[Record]) -> list:
         ]  # fmt: skip
         statement = beyond(final, chosen)
         if statement:
-            parts.append(statement)
+            parts.append(Statement(f"{name}_beyond", statement))
     return parts
 
 
@@ -119,56 +118,65 @@ def predictions(record: Record) -> dict[str, dict]:
     return {row["id"]: row for row in map(json.loads, lines)}
 
 
-def paired(final: list[Record]) -> pandas.DataFrame:
-    """NLL and accuracy minus LoRA's, item by item and seed by seed."""
-    methods = by_method(final)
-    base = {r.config["seed"]: predictions(r) for r in methods.get("lora", [])}
+def differences(runs: list[Record], base: list[Record]) -> pandas.DataFrame:
+    """NLL and accuracy minus the base's for every test item, mean over the shared seeds."""
+    theirs = {r.config["seed"]: predictions(r) for r in base}
     rows = []
-    for method, runs in methods.items():
-        nll, weights, correct = [], [], []
-        for r in runs if method != "lora" else []:
-            mine, theirs = predictions(r), base.get(r.config["seed"], {})
-            for key in mine.keys() & theirs.keys():
-                a, b = mine[key], theirs[key]
-                correct.append(a["correct"] - b["correct"])
+    for r in runs:
+        mine = predictions(r)
+        for key, b in theirs.get(r.config["seed"], {}).items():
+            if a := mine.get(key):
+                row = {"item": key, "accuracy": a["correct"] - b["correct"]}
                 if "logprobs" in a:
                     answer, tokens = a["answer"], a["tokens"][a["answer"]]
-                    nll.append((b["logprobs"][answer] - a["logprobs"][answer]) / tokens)
-                    weights.append(tokens)
-        if correct:
-            row = {"method": NAMES[method], "items × seeds": len(correct)}
-            row["NLL"] = (
-                "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired_bootstrap(nll, weights))
-                if nll
-                else None
-            )
-            accuracy = paired_bootstrap(numpy.array(correct) * 100)
-            row["accuracy"] = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*accuracy)
+                    row["tokens"] = tokens
+                    row["nll"] = (b["logprobs"][answer] - a["logprobs"][answer]) / tokens
+                rows.append(row)
+    return pandas.DataFrame(rows).groupby("item").mean() if rows else pandas.DataFrame()
+
+
+def paired(final: list[Record]) -> pandas.DataFrame:
+    """Every method's difference to LoRA, with 95% bootstrap intervals over items."""
+    methods, rows = by_method(final), []
+    for method, runs in methods.items():
+        items = differences(runs, methods.get("lora", []))
+        if method != "lora" and len(items):
+            row = {"method": NAMES[method], "items": len(items), "NLL": None}
+            if "nll" in items:
+                row["NLL"] = _signed(paired_bootstrap(items["nll"], items["tokens"]), 3)
+            row["accuracy"] = _signed(paired_bootstrap(items["accuracy"] * 100), 1)
             rows.append(row)
-    return pandas.DataFrame(rows, columns=["method", "items × seeds", "NLL", "accuracy"])
+    return pandas.DataFrame(rows, columns=["method", "items", "NLL", "accuracy"])
 
 
 def beyond(final: list[Record], chosen: dict) -> str | None:
-    """What OP-LoRA gives beyond a better learning rate and a larger first A, in one sentence."""
-    nll = {
-        method: [r.metrics["held_out_nll"] for r in runs]
-        for method, runs in by_method(final).items()
-    }
-    if not {"lora", "oplora"} <= set(nll):
+    """What OP-LoRA gives beyond a better learning rate and a larger first A.
+
+    Against the best of LoRA and its controls, and against the control that shares its step sizes
+    and its first A: there the difference is what the MLP's movement of h does.
+    """
+    methods = by_method(final)
+    if not {"lora", "oplora"} <= set(methods):
         return None
+    nll = {m: [r.metrics["held_out_nll"] for r in runs] for m, runs in methods.items()}
     texts = [f"{NAMES[m]} {shown(nll[m], 3)} at rate {chosen[m]:g}" for m in nll if "dora" not in m]
-    best_control = min(
-        (m for m in nll if m.startswith("lora")), key=lambda m: mean_interval(nll[m])[0]
-    )
-    gain = mean_interval(nll[best_control])[0] - mean_interval(nll["oplora"])[0]
-    spread = max((mean_interval(nll[m])[1] or 0.0) for m in (best_control, "oplora"))
-    verdict = (
-        "beyond these, OP-LoRA gains" if gain > spread
-        else "beyond these, OP-LoRA loses" if gain < -spread
-        else "beyond these, OP-LoRA gains nothing that the seeds' spread would show:"
-    )  # fmt: skip
-    return (
-        f"Beyond step size and start. Held-out NLL, each at its own best rate: {'; '.join(texts)}. "
-        f"The best of LoRA, LoRA+ and the controls is {NAMES[best_control]}; {verdict} "
-        f"{abs(gain):.3f} nats per token (larger of both half-widths: {spread:.3f})."
-    )
+    plain = [m for m in nll if m.startswith("lora")]
+    best = min(plain, key=lambda m: mean_interval(nll[m])[0])
+    sentences = [f"Held-out NLL, each at its own best rate: {'; '.join(texts)}."]
+    labels = {best: "The best of LoRA and its controls is"}
+    labels |= {"lora_matched_mlp_start": "The control with OP-LoRA's step sizes and first A is"}
+    for method, label in labels.items():
+        if method in methods:
+            items = differences(methods["oplora"], methods[method])
+            value, low, high = paired_bootstrap(items["nll"], items["tokens"])
+            verdict = "better" if high < 0 else "worse" if low > 0 else "neither better nor worse"
+            sentences.append(
+                f"{label} {NAMES[method]}: OP-LoRA is {verdict}, "
+                f"{_signed((value, low, high), 3)} nats per token (paired over items)."
+            )
+    return "Beyond step size and start. " + " ".join(sentences)
+
+
+def _signed(triple: tuple[float, float, float], digits: int) -> str:
+    value, low, high = (f"{x:+.{digits}f}" for x in triple)
+    return f"{value} [{low}, {high}]"

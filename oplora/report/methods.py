@@ -35,17 +35,26 @@ def by_method(records: list[Record]) -> dict[str, list[Record]]:
 
 
 def rates_of(records: list[Record], value: Callable[[Record], float | None]) -> Sweep:
-    """What the learning rates are chosen by; one value per seed, None where a run has none."""
+    """What the learning rates are chosen by, None where a run has none.
+
+    Of every method only the seeds that all its rates have: a rate that was run with more seeds
+    afterwards must not be judged by others than its rivals.
+    """
     found: dict = defaultdict(lambda: defaultdict(dict))
     for r in records:
         number = value(r)
         if number is not None:
             found[r.config["method"]["name"]][r.config["lr"]][r.config["seed"]] = number
-    return {
-        method: {lr: list(found[method][lr].values()) for lr in sorted(found[method])}
-        for method in NAMES
-        if method in found
-    }
+    sweep = {}
+    for method in NAMES:
+        if rates := found.get(method):
+            shared = set.intersection(*(set(by_seed) for by_seed in rates.values()))
+            if not shared:
+                raise ValueError(f"{method}: its learning rates have no seed in common")
+            sweep[method] = {
+                lr: [rates[lr][seed] for seed in sorted(shared)] for lr in sorted(rates)
+            }
+    return sweep
 
 
 def chosen_rates(sweep: Sweep, lower_is_better: bool = True) -> dict[str, float]:
@@ -74,11 +83,14 @@ def rate_table(sweep: Sweep, chosen: dict[str, float]) -> pandas.DataFrame:
 
 
 def cost_cells(runs: list[Record]) -> dict[str, str | int | None]:
-    """The columns that say what a method costs."""
+    """The columns that say what a method costs.
+
+    Of the times the shortest: whatever else the machine does can only add to them.
+    """
     return {
         "trained parameters": runs[0].metrics["trained_parameters"],
         "shipped parameters": runs[0].metrics["adapter_parameters"],
-        "train seconds": shown([r.metrics["train_seconds"] for r in runs], 0),
+        "train seconds": round(min(r.metrics["train_seconds"] for r in runs)),
         "peak memory, GB": shown([r.metrics["peak_memory_bytes"] for r in runs], 2, 1e-9),
     }
 

@@ -35,6 +35,14 @@ class Table:
 
 
 @dataclass
+class Statement:
+    """A paragraph that the README shows, too."""
+
+    name: str
+    text: str
+
+
+@dataclass
 class Picture:
     name: str
     caption: str
@@ -44,7 +52,7 @@ class Picture:
 @dataclass
 class Section:
     title: str
-    parts: list[str | Table | Picture] = field(default_factory=list)  # in reading order
+    parts: list[str | Statement | Table | Picture] = field(default_factory=list)  # in reading order
 
 
 def write_report(title: str, sections: list[Section], out: Path) -> Path:
@@ -56,9 +64,10 @@ def write_report(title: str, sections: list[Section], out: Path) -> Path:
         markdown.append(f"## {section.title}")
         body.append(f"<h2>{html.escape(section.title)}</h2>")
         for part in section.parts:
-            if isinstance(part, str):
-                markdown.append(part)
-                body.append(f"<p>{html.escape(part)}</p>")
+            if isinstance(part, str | Statement):
+                text = part if isinstance(part, str) else part.text
+                markdown.append(text)
+                body.append(f"<p>{html.escape(text)}</p>")
             elif isinstance(part, Table):
                 part.rows.to_csv(out / "tables" / f"{part.name}.csv", index=False)
                 latex = part.rows.map(_cell).to_latex(index=False, escape=True)
