@@ -7,7 +7,7 @@ import matplotlib
 import pandas
 import yaml
 
-from oplora.report import commonsense, mf, sdxl
+from oplora.report import commonsense, mf, sdxl, vl_bart
 from oplora.report.page import Section, Table, write_report
 from oplora.runs import load_runs
 
@@ -20,7 +20,7 @@ def build(runs_dir: Path) -> list[Section]:
     if not runs_dir.is_dir():
         raise ValueError(f"{runs_dir} is no folder: give the folder that holds the runs")
     records, problems = load_runs(runs_dir)
-    parts = [part.section(records) for part in (mf, sdxl, commonsense)]
+    parts = [part.section(records) for part in (mf, sdxl, vl_bart, commonsense)]
     sections = [part for part in parts if part is not None]
     if not sections:
         raise ValueError(f"no finished run below {runs_dir}: run `make reproduce` first")

@@ -1,0 +1,105 @@
+"""The VL-BART part of the report: choice of rates, usual widths, the width sweep."""
+
+import json
+
+import pandas
+import pytest
+import yaml
+
+from oplora.report import vl_bart
+from oplora.report.page import write_report
+from oplora.runs import load_runs
+
+USUAL = {"default": 32, "opdora": 4}
+
+
+def store(folder, method, lr, seed, loss, accuracy=None, width=None, preset="small"):
+    """A run whose three accuracies are `accuracy`, on two items a task."""
+    width = width or USUAL.get(method, 32)
+    path = folder / f"{preset}-{method}-{lr}-{seed}-{width}-{accuracy is not None}"
+    path.mkdir(parents=True)
+    config = {
+        "experiment": "vl_bart", "preset": preset, "method": {"name": method}, "lr": lr,
+        "seed": seed, "mlp_width": width, "widths": USUAL, "score_test": accuracy is not None,
+    }  # fmt: skip
+    epochs = [[0, {vl_bart.MAIN: 0.25}], [1, {vl_bart.MAIN: 0.5 + seed / 100}]]
+    metrics = {
+        "validation_loss": [[5, 1.0], [10, loss]], "epochs": epochs, "adapter_parameters": 10,
+        "mlp_parameters": 320 * method.startswith("op"), "trained_parameters": 50,
+        "train_seconds": 5.0, "peak_memory_bytes": 2_000_000_000,
+    }  # fmt: skip
+    if accuracy is not None:
+        names = ("vqa_accuracy", "gqa_accuracy", "nlvr_accuracy", vl_bart.MAIN)
+        metrics |= dict.fromkeys(names, accuracy)
+        metrics |= {"cider": 1.2, "average": (3 * accuracy + 1.2) / 4}
+        rows = [
+            {"id": f"{task}/{n}", "task": task, "prediction": "x", "score": accuracy}
+            for task in ("vqa", "gqa", "nlvr") for n in range(2)
+        ] + [{"id": "caption/0", "task": "caption", "prediction": "a circle"}]  # fmt: skip
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (path / "predictions.jsonl").write_text(text)
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    (path / "environment.json").write_text("{}")
+    (path / "metrics.json").write_text(json.dumps(metrics))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folder = tmp_path / "runs"
+    for lr, loss in ((1e-3, 0.5), (1e-2, 0.2), (1e-1, 0.4)):
+        store(folder, "lora", lr, 0, loss)
+        store(folder, "opdora", lr / 10, 0, loss - 0.1)
+    for seed in range(3):
+        store(folder, "lora", 1e-2, seed, 0.2, accuracy=0.6 + seed / 10)
+        for width in (1, 2, 4):
+            shift = (width - 1) / 100
+            store(folder, "opdora", 1e-3, seed, 0.1, 0.65 + shift + seed / 10, width)
+    return folder
+
+
+def tables(runs, out):
+    records, _ = load_runs(runs)
+    write_report("test", [vl_bart.section(records)], out)
+    return lambda name: pandas.read_csv(out / "tables" / f"{name}.csv")
+
+
+def test_every_method_is_scored_at_its_own_best_rate_and_usual_width(runs, tmp_path):
+    store(runs, "lora", 1e-1, 0, 0.4, accuracy=0.99)  # a rate that was not chosen
+    store(runs, "opdora", 1e-4, 0, 0.0, accuracy=0.99, width=2)  # a width's loss chooses no rate
+    table = tables(runs, tmp_path)
+    rates = table("vl_bart_small_rates").set_index("method")
+    assert rates.loc["LoRA", "0.01"] == "0.200*" and rates.loc["OP-DoRA", "0.001"] == "0.100*"
+    final = table("vl_bart_small").set_index("method")
+    assert final.loc["LoRA", "vqa"] == "70.0 ± 24.8 (3)" == final.loc["LoRA", "nlvr"]
+    assert final.loc["OP-DoRA", "average without captions"] == "78.0 ± 24.8 (3)"
+    assert final.loc["LoRA", "cider"] == "120.0 ± 0.0 (3)"
+    paired = table("vl_bart_small_paired").set_index("method")
+    assert list(paired.index) == ["OP-DoRA"] and paired.loc["OP-DoRA", "items × seeds"] == 18
+    assert paired.loc["OP-DoRA", "all three"] == "+8.0 [+8.0, +8.0]" == paired.loc["OP-DoRA", "gqa"]
+    assert (tmp_path / "figures/vl_bart_small_epochs.png").exists()
+
+
+def test_width_sweep(runs, tmp_path):
+    store(runs, "opdora", 1e-4, 0, 0.9, accuracy=0.1, width=1)  # at another rate: not in the sweep
+    widths = tables(runs, tmp_path)("vl_bart_small_width")
+    assert widths["width"].tolist() == [1, 2, 4]
+    assert widths["gqa"].tolist() == [f"{75 + w - 1}.0 ± 24.8 (3)" for w in (1, 2, 4)]
+    assert (tmp_path / "figures/vl_bart_small_width.png").exists()
+
+
+def test_presets_are_never_mixed_and_nothing_is_no_section(runs, tmp_path):
+    store(runs, "lora", 1e-2, 0, 0.1, accuracy=0.9, preset="paper")
+    table = tables(runs, tmp_path)
+    assert table("vl_bart_paper").loc[0, "vqa"] == "90.0 (1)"
+    assert table("vl_bart_small").loc[0, "vqa"].startswith("70.0")
+    assert vl_bart.section([]) is None
+
+
+def test_cited_values_are_the_papers():
+    rows = vl_bart.cited().rows.set_index("method")
+    assert rows.shape == (5, 6) and rows.loc["opdora", "average"] == 77.6
+    for name in rows.index:  # the paper's averages are those of its own columns, but for rounding
+        tasks = rows.loc[name, ["vqa", "gqa", "nlvr", "cider"]]
+        assert abs(tasks.mean() - rows.loc[name, "average"]) < 0.11, name
+        average = rows.loc[name, "average without captions"]
+        assert abs(tasks[:3].mean() - average) < 0.11, name
