@@ -50,9 +50,7 @@ STYLES = {
 }
 
 
-def emoji(
-    style: str, split: str | None = None, categories: Sequence[str] = CATEGORIES
-) -> Dataset:
+def emoji(style: str, split: str | None = None, categories: Sequence[str] = CATEGORIES) -> Dataset:
     """Emoji of one style: columns id (code points), category, text and image (RGB 64×64 on white).
 
     style: "google", "twemoji" and "fluent" have the same rows in the same order; "google2020" and
@@ -106,15 +104,20 @@ def drawn(path: Path) -> Images.Image:
 
 
 def distinct(rows: Sequence[Sequence[Images.Image]], least: float = 12.0) -> list[int]:
-    """Positions of the rows (an emoji in several styles) that differ from all earlier ones kept.
+    """Positions of the rows (an emoji in several styles) that are near no earlier one kept.
 
-    In every style, by an RMS of `least` of 255. Near-duplicates (clock faces, two cats that are
-    one image in Fluent) would stand on both sides of the split.
+    Near means an RMS below `least` of 255 in any style. Near-duplicates (two cats are one image
+    in Fluent) would stand on both sides of the split.
     """
-    pixels = np.stack([[np.asarray(image, np.float32).ravel() for image in row] for row in rows])
+    alike = np.zeros((len(rows), len(rows)), bool)
+    for column in zip(*rows, strict=True):
+        pixels = np.stack([np.asarray(image, np.float32).ravel() for image in column])
+        length = (pixels**2).sum(1)
+        squared = length[:, None] + length - 2 * pixels @ pixels.T
+        alike |= squared < least**2 * pixels.shape[1]
     kept: list[int] = []
-    for index, row in enumerate(pixels):
-        if not kept or np.sqrt(((pixels[kept] - row) ** 2).mean(-1)).min() >= least:
+    for index in range(len(rows)):
+        if not alike[index, kept].any():
             kept.append(index)
     return kept
 
