@@ -9,6 +9,6 @@ sweep() {
 }
 # OP-LoRA's steps are about 10 to 30 times larger at the same rate: grids of the same length,
 # shifted, so that every method's best rate lies inside its own.
-sweep method=oplora,opdora lr=1e-4,3e-4,1e-3,3e-3,1e-2 "$@"
-sweep method=lora,dora lr=1e-3,3e-3,1e-2,3e-2,1e-1 "$@"
-sweep method=full lr=1e-4,3e-4,1e-3,3e-3,1e-2 "$@"
+sweep method=oplora,opdora lr=1e-4,3e-4,1e-3,3e-3,1e-2,3e-2 "$@"
+sweep method=lora,dora lr=3e-4,1e-3,3e-3,1e-2,3e-2,1e-1 "$@"
+sweep method=full lr=3e-5,1e-4,3e-4,1e-3,3e-3,1e-2 "$@"
