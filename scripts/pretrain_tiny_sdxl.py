@@ -38,6 +38,7 @@ from oplora.models.tiny_sdxl_training import (
     as_floats,
     round_trip_psnr,
     standardise,
+    start_at_zero,
 )
 from oplora.runs import open_run
 
@@ -101,6 +102,7 @@ def train_autoencoder(cfg: DictConfig, vae: AutoencoderKL, folder: Path) -> dict
     whole = torch.cat([pixels(emoji(style, "train")["image"]) for style in STYLES])
     held_out = {style: pixels(emoji(style, "validation")["image"]) for style in ALIGNED}
     validation = Rows(pixels=torch.cat(list(held_out.values())))
+    start_at_zero(vae)
     stages = []
     for number, stage in enumerate(cfg.autoencoder.stages):
         loss = AutoencoderLoss(vae, stage.crop, **cfg.autoencoder.loss)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_diffusion import naruto_folder, tiny_clip, tiny_pipeline, wikiart_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +116,9 @@ def test_killed_and_resumed_equals_undisturbed(setting, tmp_path, when):
     results = []
     for name in ("killed", "calm"):
         path, metrics = run(setting, tmp_path / name, *slower)
-        weights = (path / "adapter" / "pytorch_lora_weights.safetensors").read_bytes()
+        # not the file's bytes: safetensors writes its header in random order
+        tensors = load_file(path / "adapter" / "pytorch_lora_weights.safetensors")
+        weights = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
         images = {p.name: p.read_bytes() for p in (path / "images").glob("*.png")}
         kept = {key: metrics[key] for key in ("images", "snapshots", "steps")}
         results.append((kept, weights, images))

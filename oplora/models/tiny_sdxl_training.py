@@ -113,6 +113,7 @@ class PretrainingLoss(nn.Module):
         super().__init__()
         parts = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
         start_at_zero(pipeline.unet)
+        nn.init.zeros_(pipeline.unet.conv_out.weight)
         # The backward pass of fused attention in bf16 is several times slower on a CPU.
         pipeline.unet.set_attn_processor(AttnProcessor())
         for encoder in parts[1:]:
@@ -164,17 +165,13 @@ class PretrainingLoss(nn.Module):
 
 
 @torch.no_grad()
-def start_at_zero(unet: UNet2DConditionModel) -> None:
-    """Zero the last layer of the U-Net and of every residual branch: it learns faster so."""
-    ends = [unet.conv_out]
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock2D):
-            ends.append(module.conv2)
-        elif isinstance(module, Transformer2DModel):
-            ends.append(module.proj_out)
-    for end in ends:
-        nn.init.zeros_(end.weight)
-        nn.init.zeros_(end.bias)
+def start_at_zero(model: AutoencoderKL | UNet2DConditionModel) -> None:
+    """Zero the last layer of every residual branch: a model learns faster from an identity."""
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D | Transformer2DModel):
+            end = module.conv2 if isinstance(module, ResnetBlock2D) else module.proj_out
+            nn.init.zeros_(end.weight)
+            nn.init.zeros_(end.bias)
 
 
 def encode_text(encoders: Sequence[nn.Module], input_ids: Tensor) -> tuple[Tensor, Tensor]:
