@@ -1,6 +1,5 @@
 """Commonsense reasoning (section 5.4, Table 2): fine-tune a language model, score eight tasks."""
 
-import shutil
 import time
 
 import torch
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from oplora.data.completion import completion_dataset
 from oplora.entry import experiment
-from oplora.finetuning import describe, train
+from oplora.finetuning import describe, finish, train
 from oplora.methods import apply_method
 from oplora.metrics.commonsense import held_out_nll, summary
 from oplora.runs import open_run
@@ -57,8 +56,7 @@ def main(cfg: DictConfig) -> None:
             score = instantiate(cfg.evaluate)
             metrics |= summary(score(model, tokenizer, sides["test"], predictions))
         metrics["evaluate_seconds"] = round(time.perf_counter() - start, 1)
-        run.finish(metrics)
-        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+        finish(run, metrics)
         print(f"{run.path}: validation NLL {metrics['validation_nll']:.4f}")
 
 

@@ -1,6 +1,5 @@
 """SDXL (section 5.1, Table 1): learn a style from captioned images, measure generated ones."""
 
-import shutil
 import time
 from functools import partial
 
@@ -15,7 +14,7 @@ from transformers import set_seed
 from oplora.data.assets import cache_folder
 from oplora.diffusion import DenoisingLoss, Snapshots, adapter_state, encode, export, held_out
 from oplora.entry import experiment
-from oplora.finetuning import describe, train
+from oplora.finetuning import describe, finish, train
 from oplora.generation import Evaluation, merge
 from oplora.methods import apply_method
 from oplora.runs import Run, open_run
@@ -56,8 +55,7 @@ def main(cfg: DictConfig) -> None:
             merge(pipeline.unet)
         if cfg.measure:
             metrics |= measure(cfg, images, data["base_style"])
-        run.finish(metrics)
-        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+        finish(run, metrics)
         print(f"{run.path}: {metrics.get('images', 'trained, no images')}")
 
 

@@ -1,6 +1,5 @@
 """VL-BART (section 5.2, Table 3): train visual questions, statements and captions together."""
 
-import shutil
 import time
 from functools import partial
 
@@ -12,7 +11,7 @@ from transformers import set_seed
 
 from oplora.data.vl_batches import MultitaskBatches, VLCollator, check_images
 from oplora.entry import experiment
-from oplora.finetuning import describe, train
+from oplora.finetuning import describe, finish, train
 from oplora.methods import apply_method
 from oplora.metrics.vl import EpochScores
 from oplora.models.vl_bart import VLBart
@@ -62,8 +61,7 @@ def main(cfg: DictConfig) -> None:
         if cfg.score_test:
             metrics |= evaluate(sides["test"], run.path / "predictions.jsonl")
         metrics["evaluate_seconds"] = round(time.perf_counter() - start, 1)
-        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
-        run.finish(metrics)
+        finish(run, metrics)
         print(f"{run.path}: validation loss {metrics['validation_loss'][-1][1]:.4f}")
 
 

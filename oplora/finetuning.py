@@ -18,6 +18,8 @@ from oplora.peft import parameter_report
 from oplora.runs import Run, peak_memory_bytes
 from oplora.trainer import OPTrainer
 
+CHECKPOINTS = "checkpoints"  # the folder of a run that has them
+
 
 def train(
     model: nn.Module,
@@ -29,9 +31,9 @@ def train(
     """Train with HF Trainer, from the last whole checkpoint of this run if there is one.
 
     training: the config of TrainingArguments, without output_dir. Returns the run's figures; an
-    adapter is saved in the run's folder as stock PEFT would, checkpoints are removed.
+    adapter is saved in the run's folder as stock PEFT would. Checkpoints stay until `finish`.
     """
-    folder = run.path / "checkpoints"
+    folder = run.path / CHECKPOINTS
     arguments: TrainingArguments = instantiate(training, output_dir=str(folder), _convert_="all")
     trainer = OPTrainer(model, arguments, optimizer_factory=create_optimizer, **trainer_options)
     start = time.perf_counter()
@@ -54,6 +56,12 @@ def train(
         "trained_parameters": mlp + directly - adapter if mlp else directly,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def finish(run: Run, metrics: dict[str, Any]) -> None:
+    """Write the metrics, then remove the checkpoints: until then the run can be resumed."""
+    run.finish(metrics)
+    shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
 
 
 def whole_checkpoint(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from oplora.diffusion import crop
@@ -39,6 +40,7 @@ class Evaluation:
         self.pipeline, self.encoded, self.reference = pipeline, encoded, reference
         self.folder, self.options, self.distance = folder, generate, distance
         self.side_metrics = side_metrics or {}
+        self._features: dict[int | None, Tensor] = {}
         if len(encoded) != len(reference):
             raise ValueError(
                 f"{len(encoded)} training captions but {len(reference)} reference images: they "
@@ -51,7 +53,7 @@ class Evaluation:
         paths = generate(self.pipeline, self.encoded, rows, self.folder / folder, **self.options)
         real = self.reference.select(rows)
         sides = side_metrics(paths, real["image"], real["text"], self.side_metrics)
-        return self.distance(paths, real["image"]) | sides
+        return self.distance(paths, self._real_features(count)) | sides
 
     def snapshot(self, step: int, count: int) -> None:
         """Keep the figures of step `step` of the training in snapshots.json, computed once."""
@@ -72,13 +74,20 @@ class Evaluation:
         """
         rows = spread(len(self.reference), count)
         generated = [self.folder / "images" / f"{row:05d}.png" for row in rows]
-        real = self.distance.features(self.reference.select(rows)["image"])
+        real = self._real_features(count)
         own = self.distance.features(base_style.select(rows)["image"])
         return {
             "floor": self.distance.floor(real),
             "gap": self.distance(own, real),
             "base": self.distance(generated, own),
         }
+
+    def _real_features(self, count: int | None) -> Tensor:
+        """Features of the real images, computed once per number of them."""
+        if count not in self._features:
+            rows = spread(len(self.reference), count)
+            self._features[count] = self.distance.features(self.reference.select(rows)["image"])
+        return self._features[count]
 
     def show(self, count: int) -> list[str]:
         """Write samples.png and reference.png, the same `count` captions; returns the captions."""

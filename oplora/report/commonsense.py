@@ -1,15 +1,14 @@
 """Table 2: commonsense reasoning, with the learning-rate sweep and the controls."""
 
 import json
-from pathlib import Path
 
 import pandas
-import yaml
 
 from oplora.report.methods import (
     NAMES,
     by_method,
     chosen_rates,
+    cited_table,
     cost_cells,
     curves,
     rate_table,
@@ -20,7 +19,6 @@ from oplora.report.page import Section, Statement, Table
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
 from oplora.runs import Record
 
-CITED = Path(__file__).resolve().parents[2] / "results" / "paper" / "table2.yaml"
 SCALES = {
     "small": "SmolLM2-135M (small preset)",
     "paper": "LLaMA-7B (paper preset)",
@@ -46,10 +44,7 @@ def _scale(record: Record) -> tuple[str, str]:
 
 def cited() -> Table:
     """The paper's own numbers."""
-    table = yaml.safe_load(CITED.read_text(encoding="utf-8"))
-    rows = [{"method": name, **dict(zip(table["columns"], values, strict=True))}
-            for name, values in table["rows"].items()]  # fmt: skip
-    return Table("commonsense_paper", f"Cited: {table['source']}.", pandas.DataFrame(rows))
+    return cited_table("commonsense_paper", "table2.yaml")
 
 
 def _parts(key: tuple[str, str], records: list[Record]) -> list:

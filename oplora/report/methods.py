@@ -2,12 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy
 import pandas
+import yaml
 from matplotlib.figure import Figure
 
-from oplora.report.page import Picture
+from oplora.report.page import Picture, Table
 from oplora.report.statistics import mean_interval, shown
 from oplora.runs import Record
 
@@ -23,7 +25,16 @@ NAMES = {
     "lora_mlp_start": "LoRA, OP's first A",
     "lora_matched_mlp_start": "LoRA, both",
 }
+PAPER = Path(__file__).resolve().parents[2] / "results" / "paper"
 Sweep = dict[str, dict[float, list[float]]]  # method → learning rate → one value per seed
+
+
+def cited_table(name: str, file: str) -> Table:
+    """The paper's own numbers, from a file in results/paper."""
+    table = yaml.safe_load((PAPER / file).read_text(encoding="utf-8"))
+    rows = [{"method": name, **dict(zip(table["columns"], values, strict=True))}
+            for name, values in table["rows"].items()]  # fmt: skip
+    return Table(name, f"Cited: {table['source']}.", pandas.DataFrame(rows))
 
 
 def by_method(records: list[Record]) -> dict[str, list[Record]]:
@@ -57,13 +68,18 @@ def rates_of(records: list[Record], value: Callable[[Record], float | None]) -> 
     return sweep
 
 
-def chosen_rates(sweep: Sweep, lower_is_better: bool = True) -> dict[str, float]:
-    """The best learning rate of every method."""
-    best = min if lower_is_better else max
+def chosen_rates(sweep: Sweep) -> dict[str, float]:
+    """The learning rate of every method whose values are lowest on average."""
     return {
-        method: best(rates, key=lambda rate: mean_interval(rates[rate])[0])
+        method: min(rates, key=lambda rate: mean_interval(rates[rate])[0])
         for method, rates in sweep.items()
     }
+
+
+def final_loss(record: Record) -> float | None:
+    """The last validation loss of a run."""
+    losses = record.metrics.get("validation_loss")
+    return losses[-1][1] if losses else None
 
 
 def rate_table(sweep: Sweep, chosen: dict[str, float]) -> pandas.DataFrame:

@@ -1,18 +1,17 @@
 """Table 1 and Figure 5: how near generated images come to a style; the gate; half the rank."""
 
-from pathlib import Path
-
 import matplotlib.image
 import pandas
-import yaml
 from matplotlib.figure import Figure
 
 from oplora.report.methods import (
     NAMES,
     by_method,
     chosen_rates,
+    cited_table,
     cost_cells,
     curves,
+    final_loss,
     rate_table,
     rates_of,
     sensitivity,
@@ -21,7 +20,6 @@ from oplora.report.page import Picture, Section, Table
 from oplora.report.statistics import mean_interval, shown
 from oplora.runs import Record
 
-CITED = Path(__file__).resolve().parents[2] / "results" / "paper" / "table1.yaml"
 SCALES = {"small": "tiny SDXL (small preset)", "paper": "SDXL 1.0 (paper preset)"}
 
 
@@ -42,10 +40,7 @@ def section(records: list[Record]) -> Section | None:
 
 def cited() -> Table:
     """The paper's own numbers."""
-    table = yaml.safe_load(CITED.read_text(encoding="utf-8"))
-    rows = [{"method": name, **dict(zip(table["columns"], values, strict=True))}
-            for name, values in table["rows"].items()]  # fmt: skip
-    return Table("sdxl_paper", f"Cited: {table['source']}.", pandas.DataFrame(rows))
+    return cited_table("sdxl_paper", "table1.yaml")
 
 
 def rates(preset: str, runs: list[Record]) -> tuple[dict[str, float], list]:
@@ -62,11 +57,6 @@ def rates(preset: str, runs: list[Record]) -> tuple[dict[str, float], list]:
         Table(name, f"{caption} The rate chosen for every dataset has a star.",
               rate_table(sweep, chosen)),
     ]  # fmt: skip
-
-
-def final_loss(record: Record) -> float | None:
-    losses = record.metrics.get("validation_loss")
-    return losses[-1][1] if losses else None
 
 
 def _parts(preset: str, dataset: str, records: list[Record], chosen: dict[str, float]) -> list:

@@ -1,19 +1,19 @@
 """Table 3, Figures 1d and 6: VL-BART on four tasks at once, and the MLP's width."""
 
 import json
-from pathlib import Path
 
 import numpy
 import pandas
-import yaml
 from matplotlib.figure import Figure
 
 from oplora.report.methods import (
     NAMES,
     by_method,
     chosen_rates,
+    cited_table,
     cost_cells,
     curves,
+    final_loss,
     rate_table,
     rates_of,
     sensitivity,
@@ -22,7 +22,6 @@ from oplora.report.page import Picture, Section, Table
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
 from oplora.runs import Record
 
-CITED = Path(__file__).resolve().parents[2] / "results" / "paper" / "table3.yaml"
 SCALES = {"small": "a tiny BART on easy-vqa (small preset)", "paper": "BART-base (paper preset)"}
 COLUMNS = {  # metric → column; all are shown × 100, as the paper does
     "vqa_accuracy": "vqa",
@@ -48,10 +47,7 @@ def section(records: list[Record]) -> Section | None:
 
 def cited() -> Table:
     """The paper's own numbers."""
-    table = yaml.safe_load(CITED.read_text(encoding="utf-8"))
-    rows = [{"method": name, **dict(zip(table["columns"], values, strict=True))}
-            for name, values in table["rows"].items()]  # fmt: skip
-    return Table("vl_bart_paper", f"Cited: {table['source']}.", pandas.DataFrame(rows))
+    return cited_table("vl_bart_paper", "table3.yaml")
 
 
 def _parts(preset: str, records: list[Record]) -> list:
@@ -101,11 +97,6 @@ def usual_width(record: Record) -> int:
     """The method's width in Table 6."""
     widths = record.config["widths"]
     return widths.get(record.config["method"]["name"], widths["default"])
-
-
-def final_loss(record: Record) -> float | None:
-    losses = record.metrics["validation_loss"]
-    return losses[-1][1] if losses else None
 
 
 def accuracy_by_epoch(record: Record) -> list:
