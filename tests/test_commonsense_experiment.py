@@ -2,13 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import kill_once, only_run
 from tiny_language_model import tiny_llama, tiny_tokenizer
 
 from oplora.data.packaged_items import TASKS
@@ -69,16 +68,11 @@ def run(setting, runs, *overrides):
     )  # fmt: skip
 
 
-def only(folder):
-    (path,) = folder.rglob("metrics.json")
-    return path.parent, json.loads(path.read_text())
-
-
 @pytest.mark.parametrize("method", ["oplora", "opdora", "lora", "lora_matched_mlp_start", "full"])
 def test_paper_path_trains_scores_and_is_skipped_when_finished(setting, tmp_path, method):
     done = run(setting, tmp_path, f"method={method}")
     assert done.returncode == 0, done.stderr[-3000:]
-    path, metrics = only(tmp_path)
+    path, metrics = only_run(tmp_path)
     assert metrics["steps"] == 24 and len(metrics["validation_loss"]) == 8
     assert 0 <= metrics["accuracy"] <= 1 and set(TASKS) == {
         key.removeprefix("accuracy_") for key in metrics if key.startswith("accuracy_")
@@ -94,23 +88,17 @@ def test_paper_path_trains_scores_and_is_skipped_when_finished(setting, tmp_path
 @pytest.mark.parametrize("when", ["training", "scoring"])
 def test_killed_and_resumed_equals_undisturbed(setting, tmp_path, when):
     slower = ["training.num_train_epochs=6", "evaluate.batch_size=1"]
-    process = subprocess.Popen(
-        command(setting, tmp_path / "killed", *slower),
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
     trace = "trainer_state.json" if when == "training" else "predictions.jsonl"
-    deadline = time.time() + 120
-    while not any(p.stat().st_size for p in (tmp_path / "killed").rglob(trace)):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_once(
+        command(setting, tmp_path / "killed", *slower),
+        lambda: any(p.stat().st_size for p in (tmp_path / "killed").rglob(trace)),
+    )
     assert not list(tmp_path.rglob("metrics.json"))
     results = []
     for name in ("killed", "calm"):
         done = run(setting, tmp_path / name, *slower)
         assert done.returncode == 0, done.stderr[-3000:]
-        path, metrics = only(tmp_path / name)
+        path, metrics = only_run(tmp_path / name)
         adapter = (path / "adapter" / "adapter_model.safetensors").read_bytes()
         rows = (path / "predictions.jsonl").read_text()
         keep = ("accuracy", "validation_nll", "validation_loss", "steps")
@@ -124,7 +112,7 @@ def test_loglikelihood_switch_and_seeds(setting, tmp_path):
     arguments = [a for a in command(setting, tmp_path, score) if "evaluate." not in a]
     done = subprocess.run([*arguments, score, *drop], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    _, metrics = only(tmp_path)
+    _, metrics = only_run(tmp_path)
     assert metrics["held_out_nll"] > 0
 
 

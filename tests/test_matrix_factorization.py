@@ -2,14 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy
 import pytest
+from processes import kill_once
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -63,16 +62,11 @@ def test_twice_the_same_config_gives_identical_metrics(tmp_path, method):
 def test_killed_and_started_again_equals_an_undisturbed_run(tmp_path):
     long = [*SMALL, "problem.steps=1500"]
     command = [sys.executable, "experiments/matrix_factorization.py", *long]
-    killed = subprocess.Popen(
+    kill_once(
         [*command, f"runtime.runs_dir={tmp_path / 'killed'}"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not list((tmp_path / "killed").rglob("config.yaml")):
-        assert killed.poll() is None
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+        lambda: bool(list((tmp_path / "killed").rglob("config.yaml"))),
+        {**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert not list((tmp_path / "killed").rglob("metrics.json"))
     for name in ("killed", "calm"):
         done = start(*long, f"runtime.runs_dir={tmp_path / name}")

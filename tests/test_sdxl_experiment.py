@@ -1,11 +1,8 @@
 """The SDXL experiment end to end: the paper's path with tiny components of the very classes."""
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from processes import kill_once, only_run
 from safetensors.torch import load_file
 from tiny_diffusion import naruto_folder, tiny_clip, tiny_pipeline, wikiart_folder
 
@@ -54,8 +52,7 @@ def run(setting, runs, *overrides, dataset="naruto"):
         cwd=ROOT, capture_output=True, text=True, env=environment(setting),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = runs.rglob("metrics.json")
-    return path.parent, json.loads(path.read_text())
+    return only_run(runs)
 
 
 @pytest.mark.parametrize(
@@ -101,17 +98,12 @@ def test_base_model_without_fine_tuning_gets_its_yardsticks(setting, tmp_path):
 def test_killed_and_resumed_equals_undisturbed(setting, tmp_path, when):
     slower = ["training.num_train_epochs=8"]
     slower += ["generate.batch_size=1", "generate.steps=60"] if when == "generating" else []
-    process = subprocess.Popen(
-        command(setting, tmp_path / "killed", *slower),
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(setting),
-    )  # fmt: skip
     trace = "trainer_state.json" if when == "training" else "images/0*.png"
-    deadline = time.time() + 120
-    while not list((tmp_path / "killed").rglob(trace)):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_once(
+        command(setting, tmp_path / "killed", *slower),
+        lambda: bool(list((tmp_path / "killed").rglob(trace))),
+        environment(setting),
+    )
     assert not list(tmp_path.rglob("metrics.json"))
     results = []
     for name in ("killed", "calm"):

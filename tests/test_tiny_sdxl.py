@@ -3,10 +3,8 @@
 import filecmp
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
+from processes import kill_once
 from tiny_emoji import emoji_packages
 from torch import nn
 from transformers import CLIPTokenizer
@@ -308,16 +307,12 @@ def test_the_script_trains_a_pipeline_and_goes_on_after_a_kill(setting, tmp_path
     assert drawn(pipeline).shape == (2, 64, 64, 3) and pipeline.vae.config.scaling_factor != 1
 
     environment = {**os.environ, "OPLORA_CACHE": str(setting / "cache")}
-    process = subprocess.Popen(
-        command(tmp_path / "cut"), cwd=ROOT, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "cut").glob("runs/*/*/denoiser*/checkpoints/checkpoint-*")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    cut = tmp_path / "cut"
+    kill_once(
+        command(cut),
+        lambda: bool(list(cut.glob("runs/*/*/denoiser*/checkpoints/checkpoint-*"))),
+        environment,
+    )
     assert not (tmp_path / "cut" / "out").exists()
     assert train(setting, tmp_path / "cut").returncode == 0
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"):

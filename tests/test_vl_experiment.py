@@ -1,14 +1,12 @@
 """The VL-BART experiment end to end: the paper's path with a tiny BART and upstream's files."""
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import kill_once, only_run
 from tiny_vl import CELLS, SIZE, tiny_bart, tiny_tokenizer, write_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,11 +47,6 @@ def run(setting, runs, *overrides):
     )  # fmt: skip
 
 
-def only(folder):
-    (path,) = folder.rglob("metrics.json")
-    return path.parent, json.loads(path.read_text())
-
-
 def result(path, metrics):
     weights = [p.read_bytes() for p in sorted(path.glob("adapter/*.safetensors"))]
     rows = (path / "predictions.jsonl").read_text()
@@ -70,7 +63,7 @@ def calm(setting, tmp_path_factory):
 
 
 def test_paper_path_trains_scores_and_is_skipped_when_finished(setting, calm):
-    path, metrics = only(calm)
+    path, metrics = only_run(calm)
     assert metrics["steps"] == 2 * (3 + 2 + 3 + 3)  # batches of 5, about 7, 5 and 10 items
     assert [epoch for epoch, _ in metrics["epochs"]] == [0, 1, 2]
     assert len(metrics["validation_loss"]) == 2
@@ -88,28 +81,22 @@ def test_paper_path_trains_scores_and_is_skipped_when_finished(setting, calm):
 def test_full_fine_tuning(setting, tmp_path):
     done = run(setting, tmp_path, "method=full", "training.num_train_epochs=1")
     assert done.returncode == 0, done.stderr[-3000:]
-    path, metrics = only(tmp_path)
+    path, metrics = only_run(tmp_path)
     assert metrics["adapter_parameters"] == metrics["mlp_parameters"] == 0
     assert metrics["trained_parameters"] > 7000 and not (path / "adapter").exists()
 
 
 @pytest.mark.parametrize("when", ["training", "scoring"])
 def test_killed_and_resumed_equals_undisturbed(setting, calm, tmp_path, when):
-    process = subprocess.Popen(
-        command(setting, tmp_path, "method=opdora"),
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
     trace = "trainer_state.json" if when == "training" else "predictions.jsonl"
-    deadline = time.time() + 120
-    while not any(p.stat().st_size for p in tmp_path.rglob(trace)):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_once(
+        command(setting, tmp_path, "method=opdora"),
+        lambda: any(p.stat().st_size for p in tmp_path.rglob(trace)),
+    )
     assert not list(tmp_path.rglob("metrics.json"))
     done = run(setting, tmp_path, "method=opdora")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert result(*only(tmp_path)) == result(*only(calm))
+    assert result(*only_run(tmp_path)) == result(*only_run(calm))
 
 
 def test_missing_feature_is_one_line_before_training(setting, tmp_path):
