@@ -4,23 +4,32 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def kill_once(command: list[str], begun: Callable[[], bool], env: dict | None = None) -> None:
-    """Start the command and kill it as soon as `begun()`; it must be running then."""
+def kill_once(command: list[str], folder: Path, trace: str, env: dict | None = None) -> None:
+    """Start the command and kill it once a file `trace` with content is below the folder.
+
+    trace: a pattern of rglob. The command must still be running then.
+    """
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not begun():
+    while not _is_there(folder, trace):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def _is_there(folder: Path, trace: str) -> bool:
+    try:
+        return any(p.is_dir() or p.stat().st_size for p in folder.rglob(trace))
+    except FileNotFoundError:  # the command deleted an old checkpoint while this looked
+        return False
 
 
 def only_run(folder: Path) -> tuple[Path, dict]:

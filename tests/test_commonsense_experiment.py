@@ -89,10 +89,7 @@ def test_paper_path_trains_scores_and_is_skipped_when_finished(setting, tmp_path
 def test_killed_and_resumed_equals_undisturbed(setting, tmp_path, when):
     slower = ["training.num_train_epochs=6", "evaluate.batch_size=1"]
     trace = "trainer_state.json" if when == "training" else "predictions.jsonl"
-    kill_once(
-        command(setting, tmp_path / "killed", *slower),
-        lambda: any(p.stat().st_size for p in (tmp_path / "killed").rglob(trace)),
-    )
+    kill_once(command(setting, tmp_path / "killed", *slower), tmp_path / "killed", trace)
     assert not list(tmp_path.rglob("metrics.json"))
     results = []
     for name in ("killed", "calm"):

@@ -64,7 +64,8 @@ def test_killed_and_started_again_equals_an_undisturbed_run(tmp_path):
     command = [sys.executable, "experiments/matrix_factorization.py", *long]
     kill_once(
         [*command, f"runtime.runs_dir={tmp_path / 'killed'}"],
-        lambda: bool(list((tmp_path / "killed").rglob("config.yaml"))),
+        tmp_path / "killed",
+        "config.yaml",
         {**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert not list((tmp_path / "killed").rglob("metrics.json"))

@@ -101,7 +101,8 @@ def test_killed_and_resumed_equals_undisturbed(setting, tmp_path, when):
     trace = "trainer_state.json" if when == "training" else "images/0*.png"
     kill_once(
         command(setting, tmp_path / "killed", *slower),
-        lambda: bool(list((tmp_path / "killed").rglob(trace))),
+        tmp_path / "killed",
+        trace,
         environment(setting),
     )
     assert not list(tmp_path.rglob("metrics.json"))

@@ -308,11 +308,7 @@ def test_the_script_trains_a_pipeline_and_goes_on_after_a_kill(setting, tmp_path
 
     environment = {**os.environ, "OPLORA_CACHE": str(setting / "cache")}
     cut = tmp_path / "cut"
-    kill_once(
-        command(cut),
-        lambda: bool(list(cut.glob("runs/*/*/denoiser*/checkpoints/checkpoint-*"))),
-        environment,
-    )
+    kill_once(command(cut), cut, "runs/*/*/denoiser*/checkpoints/checkpoint-*", environment)
     assert not (tmp_path / "cut" / "out").exists()
     assert train(setting, tmp_path / "cut").returncode == 0
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"):

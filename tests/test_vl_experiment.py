@@ -89,10 +89,7 @@ def test_full_fine_tuning(setting, tmp_path):
 @pytest.mark.parametrize("when", ["training", "scoring"])
 def test_killed_and_resumed_equals_undisturbed(setting, calm, tmp_path, when):
     trace = "trainer_state.json" if when == "training" else "predictions.jsonl"
-    kill_once(
-        command(setting, tmp_path, "method=opdora"),
-        lambda: any(p.stat().st_size for p in tmp_path.rglob(trace)),
-    )
+    kill_once(command(setting, tmp_path, "method=opdora"), tmp_path, trace)
     assert not list(tmp_path.rglob("metrics.json"))
     done = run(setting, tmp_path, "method=opdora")
     assert done.returncode == 0, done.stderr[-3000:]
