@@ -14,7 +14,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, FileNotFoundError)
+USER_ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    ValueError,
+    FileNotFoundError,
+    FloatingPointError,  # a run that diverged
+)
 
 
 def experiment(name: str) -> Callable:

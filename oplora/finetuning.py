@@ -1,5 +1,6 @@
 """What the fine-tuning experiments share: training with resume, its figures, and the dry run."""
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -32,12 +33,18 @@ def train(
 
     training: the config of TrainingArguments, without output_dir. Returns the run's figures; an
     adapter is saved in the run's folder as stock PEFT would. Checkpoints stay until `finish`.
+    A run that diverges is a result: it is finished as such, then FloatingPointError is raised.
     """
     folder = run.path / CHECKPOINTS
     arguments: TrainingArguments = instantiate(training, output_dir=str(folder), _convert_="all")
     trainer = OPTrainer(model, arguments, optimizer_factory=create_optimizer, **trainer_options)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=whole_checkpoint(folder))
+    try:
+        trainer.train(resume_from_checkpoint=whole_checkpoint(folder))
+        _check_finite(trainer.state.log_history)
+    except FloatingPointError as error:
+        finish(run, {"diverged": str(error), "steps": trainer.state.global_step})
+        raise
     seconds = time.perf_counter() - start
     optimizer = trainer.optimizer.optimizer  # inside accelerate's
     if isinstance(model, PeftModel):
@@ -56,6 +63,15 @@ def train(
         "trained_parameters": mlp + directly - adapter if mlp else directly,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _check_finite(history: list[dict]) -> None:
+    for entry in history:
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(entry.get(name, 0)):
+                raise FloatingPointError(
+                    f"{name} is {entry[name]} at step {entry['step']}: lower the learning rate"
+                )
 
 
 def finish(run: Run, metrics: dict[str, Any]) -> None:

@@ -113,6 +113,16 @@ def test_loglikelihood_switch_and_seeds(setting, tmp_path):
     assert metrics["held_out_nll"] > 0
 
 
+@pytest.mark.parametrize("method", ["oplora", "full"])
+def test_a_run_that_diverges_is_recorded_and_not_tried_again(setting, tmp_path, method):
+    arguments = (f"method={method}", "lr=1e18")
+    done = run(setting, tmp_path, *arguments)
+    assert done.returncode == 2 and "lower the learning rate" in done.stderr.lower()
+    path, metrics = only_run(tmp_path)
+    assert metrics.keys() == {"diverged", "steps"} and not (path / "checkpoints").exists()
+    assert run(setting, tmp_path, *arguments).returncode == 0
+
+
 def test_missing_data_is_one_line(setting, tmp_path):
     done = run(setting, tmp_path / "runs", "records=nowhere")
     assert done.returncode == 2 and "nowhere" in done.stderr

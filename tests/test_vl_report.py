@@ -74,9 +74,19 @@ def test_every_method_is_scored_at_its_own_best_rate_and_usual_width(runs, tmp_p
     assert final.loc["OP-DoRA", "average without captions"] == "78.0 ± 24.8 (3)"
     assert final.loc["LoRA", "cider"] == "120.0 ± 0.0 (3)"
     paired = table("vl_bart_small_paired").set_index("method")
-    assert list(paired.index) == ["OP-DoRA"] and paired.loc["OP-DoRA", "items × seeds"] == 18
+    assert list(paired.index) == ["OP-DoRA"] and paired.loc["OP-DoRA", "items"] == 6
     assert paired.loc["OP-DoRA", "all three"] == "+8.0 [+8.0, +8.0]" == paired.loc["OP-DoRA", "gqa"]
     assert (tmp_path / "figures/vl_bart_small_epochs.png").exists()
+
+
+def test_a_diverged_run_is_in_the_sweep_and_nowhere_else(runs, tmp_path):
+    store(runs, "lora", 1.0, 0, 0.0)
+    (path,) = runs.glob("*-lora-1.0-*")
+    (path / "metrics.json").write_text('{"diverged": "NaN in the gradient", "steps": 3}')
+    table = tables(runs, tmp_path)
+    rates = table("vl_bart_small_rates").set_index("method")
+    assert rates.loc["LoRA", "1"] == "diverged" and rates.loc["LoRA", "0.01"] == "0.200*"
+    assert len(table("vl_bart_small")) == 2
 
 
 def test_width_sweep(runs, tmp_path):

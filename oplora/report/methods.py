@@ -1,5 +1,6 @@
 """What the reports of the fine-tuning experiments share: methods beside one another."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -45,15 +46,20 @@ def by_method(records: list[Record]) -> dict[str, list[Record]]:
     return {method: runs for method, runs in groups.items() if runs}
 
 
+def trained(records: list[Record]) -> list[Record]:
+    """Those that did not diverge."""
+    return [r for r in records if "diverged" not in r.metrics]
+
+
 def rates_of(records: list[Record], value: Callable[[Record], float | None]) -> Sweep:
-    """What the learning rates are chosen by, None where a run has none.
+    """What the learning rates are chosen by, None where a run has none; a diverged run is infinite.
 
     Of every method only the seeds that all its rates have: a rate that was run with more seeds
     afterwards must not be judged by others than its rivals.
     """
     found: dict = defaultdict(lambda: defaultdict(dict))
     for r in records:
-        number = value(r)
+        number = value(r) if trained([r]) else math.inf
         if number is not None:
             found[r.config["method"]["name"]][r.config["lr"]][r.config["seed"]] = number
     sweep = {}
@@ -89,7 +95,8 @@ def rate_table(sweep: Sweep, chosen: dict[str, float]) -> pandas.DataFrame:
     for method, by_rate in sweep.items():
         row = {"method": NAMES[method]}
         for rate in rates:
-            text = f"{mean_interval(by_rate[rate])[0]:.3f}" if rate in by_rate else None
+            mean = mean_interval(by_rate[rate])[0] if rate in by_rate else None
+            text = "diverged" if mean == math.inf else None if mean is None else f"{mean:.3f}"
             if text and rate == chosen[method]:
                 at_edge = rate in (min(by_rate), max(by_rate)) and len(by_rate) > 1
                 text += "*" + (" (edge)" if at_edge else "")
@@ -119,6 +126,7 @@ def sensitivity(
     axis = figure.subplots()
     for method, by_rate in sweep.items():
         means = [mean_interval(values)[0] for values in by_rate.values()]
+        means = [mean if mean < math.inf else math.nan for mean in means]  # a gap in the line
         axis.plot(list(by_rate), means, "o" + _line(method), ms=4, label=NAMES[method])
     if margin:
         best = min(min(map(min, by_rate.values())) for by_rate in sweep.values())

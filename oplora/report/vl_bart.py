@@ -17,6 +17,7 @@ from oplora.report.methods import (
     rate_table,
     rates_of,
     sensitivity,
+    trained,
 )
 from oplora.report.page import Picture, Section, Table
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
@@ -55,6 +56,7 @@ def _parts(preset: str, records: list[Record]) -> list:
     usual = [r for r in records if r.config["mlp_width"] == usual_width(r)]
     sweep = rates_of(usual, final_loss)
     chosen = chosen_rates(sweep)
+    records, usual = trained(records), trained(usual)
     final = [r for r in usual if "average" in r.metrics and _at(chosen, r)]
     caption = f"Validation loss after training, by learning rate; {scale}."
     parts: list = [
@@ -69,7 +71,7 @@ def _parts(preset: str, records: list[Record]) -> list:
             Table(name, f"{scale}: test set, mean ± 95% interval (seeds). Accuracies in percent, "
                   "CIDEr × 100.", results(final)),
             Table(f"{name}_paired", f"{scale}: difference to LoRA in points on the same test items "
-                  "(all shared seeds), mean [95% bootstrap interval over items].", paired(final)),
+                  "(mean over shared seeds) [95% bootstrap interval over items].", paired(final)),
         ]  # fmt: skip
     if any(r.metrics["epochs"] for r in usual):
         parts.append(
@@ -122,36 +124,31 @@ def metric_cells(runs: list[Record]) -> dict[str, str | None]:
 
 
 def paired(final: list[Record]) -> pandas.DataFrame:
-    """Accuracies minus LoRA's, item by item and seed by seed."""
-    methods = by_method(final)
+    """Accuracies minus LoRA's item by item, mean over the shared seeds; intervals over items."""
+    methods, rows = by_method(final), []
     base = {r.config["seed"]: item_scores(r) for r in methods.get("lora", [])}
-    rows = []
     for method, runs in methods.items():
-        differences: dict[str, list[float]] = {"vqa": [], "gqa": [], "nlvr": []}
-        for r in runs if method != "lora" else []:
-            mine, theirs = item_scores(r), base.get(r.config["seed"], {})
-            for key in sorted(mine.keys() & theirs.keys()):
-                differences[key[0]].append(100 * (mine[key] - theirs[key]))
-        every = [d for each in differences.values() for d in each]
-        if every:
-            columns = {**differences, "all three": every}
+        shared = [r for r in runs if method != "lora" and r.config["seed"] in base]
+        if shared:
+            each = [item_scores(r) - base[r.config["seed"]] for r in shared]
+            items = 100 * pandas.concat(each, axis=1).mean(axis=1).dropna()
+            parts = {task: items[task] for task in ("vqa", "gqa", "nlvr")} | {"all three": items}
             rows.append(
-                {"method": NAMES[method], "items × seeds": len(every)}
+                {"method": NAMES[method], "items": len(items), "seeds": len(shared)}
                 | {
-                    task: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*paired_bootstrap(each))
-                    for task, each in columns.items()
+                    task: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*paired_bootstrap(differences))
+                    for task, differences in parts.items()
                 }
             )
-    return pandas.DataFrame(
-        rows, columns=["method", "items × seeds", "vqa", "gqa", "nlvr", "all three"]
-    )
+    columns = ["method", "items", "seeds", "vqa", "gqa", "nlvr", "all three"]
+    return pandas.DataFrame(rows, columns=columns)
 
 
-def item_scores(record: Record) -> dict[tuple[str, str], float]:
+def item_scores(record: Record) -> pandas.Series:
     """Score of every item of the run's predictions by (task, id); captions have none."""
     lines = (record.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = map(json.loads, lines)
-    return {(row["task"], row["id"]): row["score"] for row in rows if "score" in row}
+    rows = pandas.DataFrame(map(json.loads, lines)).dropna(subset="score")
+    return rows.set_index(["task", "id"])["score"].sort_index()
 
 
 def width_table(records: list[Record]) -> pandas.DataFrame:
