@@ -35,6 +35,7 @@ def main(cfg: DictConfig) -> None:
         sides = ("train", "validation", "reference", "base_style")
         data = {side: instantiate(cfg.dataset[side]) for side in sides}
         pipeline = instantiate(cfg.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline.unet.set_attn_processor(instantiate(cfg.attention))
         encoded = {
             side: encode(data[side], pipeline, cache_folder() / "sdxl-inputs", **cfg.encoding)
             for side in ("train", "validation")

@@ -117,11 +117,13 @@ def generate(
     steps: int,
     guidance_scale: float,
     batch_size: int,
+    autocast: str | None = None,
     seed: int = 0,
 ) -> list[Path]:
     """One image for each of `rows`, kept as folder/ROW.png; images that are there are not redone.
 
     The noise of a row depends on (seed, row) alone, so all methods start from the same.
+    autocast: the type of products and convolutions, where it is not the weights' ("bfloat16").
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {row: folder / f"{row:05d}.png" for row in rows}
@@ -132,15 +134,17 @@ def generate(
             chosen = missing[start : start + batch_size]
             batch = encoded[chosen]
             dtype, device = pipeline.unet.dtype, pipeline.unet.device
-            images = pipeline(
-                prompt_embeds=batch["prompt_embeds"].to(device, dtype),
-                pooled_prompt_embeds=batch["pooled_prompt_embeds"].to(device, dtype),
-                height=resolution,
-                width=resolution,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                generator=[torch.Generator().manual_seed(seed * 1_000_003 + r) for r in chosen],
-            ).images
+            kind = getattr(torch, autocast) if autocast else dtype
+            with torch.autocast(device.type, kind, enabled=autocast is not None):
+                images = pipeline(
+                    prompt_embeds=batch["prompt_embeds"].to(device, dtype),
+                    pooled_prompt_embeds=batch["pooled_prompt_embeds"].to(device, dtype),
+                    height=resolution,
+                    width=resolution,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    generator=[torch.Generator().manual_seed(seed * 1_000_003 + r) for r in chosen],
+                ).images
             for row, image in zip(chosen, images, strict=True):
                 partial = paths[row].with_suffix(f".{os.getpid()}")
                 image.save(partial, format="png")
