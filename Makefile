@@ -11,7 +11,7 @@ setup: $(VENV)/.ready ## make the virtual environment (the other targets do it t
 $(VENV)/.ready: pyproject.toml scripts/setup.sh
 	@PYTHON=$(PYTHON) bash scripts/setup.sh $(VENV)
 
-reproduce: setup ## run the matrix-factorization study, resuming what was cut, and write results/report/index.html
+reproduce: setup ## run what a laptop can, resuming what was cut, and write results/report/index.html
 	@PYTHON=$(RUN) bash scripts/reproduce.sh
 
 report: setup ## render tables and figures of the committed runs in results/published

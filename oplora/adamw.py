@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from oplora.optimizer import OPOptimizer
-from oplora.rank1 import rank1_adamw_
+from oplora.rank1 import foreach_rank1_adamw_
 from oplora.stack import MLPStack
 
 
@@ -39,28 +39,36 @@ class OPAdamW(OPOptimizer):
     def _inner_parameters(self, stack: MLPStack) -> list[Tensor]:
         return [tensor for trunk in stack.trunks for tensor in trunk.values()]
 
-    def _update_W2(self, stack: MLPStack, i: int, g: Tensor, group: dict):
+    def _update_W2(self, stack: MLPStack, members: list[int], gs: list[Tensor], group: dict):
+        states = [self._moments_of(stack, i) for i in members]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        rows = stack.rows()
+        foreach_rank1_adamw_(
+            [stack.W2[i] for i in members],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [rows[i] for i in members],
+            gs,
+            [state["step"] for state in states],
+            **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")},
+        )
+        if group["weight_decay"]:
+            for i in members:
+                stack.rest[i] = stack.inactive(i)
+            shrink = 1 - group["lr"] * group["weight_decay"]
+            torch._foreach_mul_([stack.rest[i] for i in members], shrink)
+
+    def _moments_of(self, stack: MLPStack, i: int) -> dict[str, Tensor]:
+        """Moments of the rows of W2 that were ever on; new rows start at zero."""
         W2, n = stack.W2[i], stack.active[i]
         state = self._moments.setdefault(id(W2), {})
         if not state:
             state["step"] = torch.zeros((), device=W2.device)
             state["exp_avg"] = state["exp_avg_sq"] = W2.new_zeros(0, W2.shape[1])
-        for name in ("exp_avg", "exp_avg_sq"):
-            if len(state[name]) < n:
-                new = W2.new_zeros(n - len(state[name]), W2.shape[1])
-                state[name] = torch.cat([state[name], new])
-        state["step"] += 1
-        rank1_adamw_(
-            W2[:n],
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            stack.rows(i),
-            g,
-            state["step"],
-            **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")},
-        )
-        if group["weight_decay"]:
-            W2[n:].mul_(1 - group["lr"] * group["weight_decay"])
+        if missing := n - len(state["exp_avg"]):
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.cat([state[name], W2.new_zeros(missing, W2.shape[1])])
+        return state
 
     def _state_of(self, tensor: Tensor) -> dict:
         return self._moments.get(id(tensor)) or super()._state_of(tensor)

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from oplora.checks import check_choice, check_tensor
-from oplora.stack import MLPStack, local
+from oplora.blocks import BlockOptimizer, state_dtype
+from oplora.checks import check_choice
+from oplora.shards import local
+from oplora.stack import MLPStack
 
-_MLP_OPTIONS = ("mlp_width", "z_dim", "z_init", "kaiming_a", "seed", "start")
 
-
-class OPOptimizer(Optimizer):
+class OPOptimizer(BlockOptimizer):
     """`optimizer_cls` on MLPs that predict the given tensors (OP-LoRA, section 4).
 
     params: as for any torch optimizer, tensors or (name, tensor) pairs or groups of them, each
@@ -41,8 +41,6 @@ class OPOptimizer(Optimizer):
     edited: "absorb" values written into the tensors from outside (load_adapter, a merge), with a
         warning, or "raise".
     """
-
-    _compact = False  # stacks keep the gradient of the whole W2
 
     def __init__(
         self,
@@ -73,84 +71,15 @@ class OPOptimizer(Optimizer):
             )
         self.clip, self.max_norm, self.nonfinite, self.edited = clip, max_norm, nonfinite, edited
         self.skipped_steps = 0
-        self._trained = False
-        self.stacks: list[MLPStack] = []
-        self._outer: list[int] = []  # for every inner group its group here
-        self.inner = optimizer_cls([torch.zeros(1, 1)], **optimizer_kwargs)
-        self.inner.param_groups.clear()
-        self._inner_group: list[int] = []  # for every stack its inner group
-        # for every group its tensors when the MLPs were built, the blocks' names and starts
-        self._built: list[tuple[list[Tensor], list[list[str]], list]] = []
-        options = (mlp_width, z_dim, z_init, kaiming_a, seed, start)
-        defaults = {**self.inner.defaults, **dict(zip(_MLP_OPTIONS, options, strict=True))}
-        super().__init__(params, defaults)
-
-    def add_param_group(self, group: dict):
-        """Add tensors, (name, tensor) pairs or blocks (lists of these) with their options."""
-        index = len(self.param_groups)
-        items = group["params"]
-        items = [items] if isinstance(items, Tensor) else list(items)
-        blocks, names = [], []
-        for number, item in enumerate(items):
-            pairs = [
-                e if isinstance(e, tuple) else (f"group {index} tensor {number}.{k}", e)
-                for k, e in enumerate(item if isinstance(item, list) else [item])
-            ]
-            names.append([name for name, _ in pairs])
-            blocks.append([tensor for _, tensor in pairs])
-        group = {**group, "params": [tensor for block in blocks for tensor in block]}
-        width = group.get("mlp_width", self.defaults["mlp_width"])
-        if not isinstance(width, int) or width < 0:
-            raise ValueError(f"mlp_width={width!r} must be a positive integer (0: no MLP)")
-        known = {id(t) for g in self.param_groups for t in g["params"]}
-        for block, block_names in zip(blocks, names, strict=True):
-            for tensor, name in zip(block, block_names, strict=True):
-                check_tensor(tensor, name, known)
-        super().add_param_group(group)
-        start = self.param_groups[index].pop("start")
-        starts = [start] * len(blocks) if isinstance(start, str) else list(start)
-        if len(starts) != len(blocks):
-            raise ValueError(f"start lists {len(starts)} blocks, the group has {len(blocks)}")
-        self._built.append((list(group["params"]), names, starts))
-        self._build(index, adopt=False)
-
-    def _build(self, index: int, adopt: bool):
-        """MLPs of one group; adopt: the tensors hold their output already (`MLPStack`)."""
-        group = self.param_groups[index]
-        tensors, names, starts = self._built[index]
-        if not group["mlp_width"]:
-            self._add_inner(index, group["params"])
-            return
-        unused = iter(tensors)
-        blocks = [[next(unused) for _ in block_names] for block_names in names]
-        kinds: dict[tuple, list[int]] = {}
-        for i, block in enumerate(blocks):
-            kinds.setdefault((local(block[0]).device, _state_dtype(block)), []).append(i)
-        for (_, dtype), members in kinds.items():
-            stack = MLPStack(
-                [blocks[i] for i in members],
-                [names[i] for i in members],
-                [starts[i] for i in members],
-                width=group["mlp_width"],
-                dtype=dtype,
-                seed=group["seed"],
-                compact=self._compact,
-                adopt=adopt,
-                **{key: group[key] for key in ("z_dim", "z_init", "kaiming_a")},
-            )
-            for i, resolved in zip(members, stack.starts, strict=True):
-                starts[i] = resolved
-            self.stacks.append(stack)
-            self._inner_group.append(len(self._outer))
-            self._add_inner(index, self._inner_parameters(stack))
-
-    def _add_inner(self, index: int, params: list[Tensor]):
-        self.inner.add_param_group({"params": params})
-        self._outer.append(index)
-
-    def _inner_parameters(self, stack: MLPStack) -> list[Tensor]:
-        trunks = [tensor for trunk in stack.trunks for tensor in trunk.values()]
-        return trunks + stack.W2
+        mlp_options = dict(
+            mlp_width=mlp_width,
+            z_dim=z_dim,
+            z_init=z_init,
+            kaiming_a=kaiming_a,
+            seed=seed,
+            start=start,
+        )
+        super().__init__(params, optimizer_cls, mlp_options, optimizer_kwargs)
 
     # The step
 
@@ -181,12 +110,13 @@ class OPOptimizer(Optimizer):
         work = zip(self.stacks, self._inner_group, gradients, trunks, strict=True)
         for stack, number, g, (dz, dW1, db1) in work:
             group = self.inner.param_groups[number]
-            parts = g.split(stack.sizes)
-            for i in stack.participating():
-                gradient = dict(z=dz[i], W1=dW1[i], b1=db1[i], b2=parts[i])
-                for name, tensor in stack.trunks[i].items():
-                    tensor.grad = gradient[name]
-                self._update_W2(stack, i, parts[i], group)
+            parts, members = g.split(stack.sizes), stack.participating()
+            of_trunks = list(zip(dz, dW1, db1, parts, strict=True))
+            for i in members:
+                for tensor, gradient in zip(stack.trunks[i].values(), of_trunks[i], strict=True):
+                    tensor.grad = gradient
+            if members:
+                self._update_W2(stack, members, [parts[i] for i in members], group)
         self.inner.step()
         for index, inner in zip(self._outer, self.inner.param_groups, strict=True):
             # Prodigy keeps its learning rate in the groups
@@ -198,47 +128,25 @@ class OPOptimizer(Optimizer):
         self._trained = True
         return loss
 
-    def _update_W2(self, stack: MLPStack, i: int, g: Tensor, group: dict):
-        """Hand the gradient of W2 to the inner optimizer."""
-        stack.W2[i].grad = torch.outer(stack.rows(i), g)
-
-    def _follow_model(self):
-        """Build untrained MLPs again if the model moved or accelerate's FSDP2 replaced tensors."""
-        groups = list(zip(self.param_groups, self._built, strict=True))
-        replaced = any(
-            new is not old
-            for group, (tensors, _, _) in groups
-            for new, old in zip(group["params"], tensors, strict=True)
-        )
-        moved = any(local(stack.tensors[0]).device != stack.device for stack in self.stacks)
-        if not (replaced or moved):
-            return
-        if self._trained:
-            raise RuntimeError(
-                "the adapter's tensors were moved to another device or replaced between two "
-                "steps: move and wrap the model before training and before load_state_dict"
-            )
-        for known in (self.stacks, self._outer, self._inner_group, self.inner.param_groups):
-            known.clear()
-        self._built = [(list(group["params"]), *rest) for group, (_, *rest) in groups]
-        for index in range(len(groups)):
-            self._build(index, adopt=True)
+    def _update_W2(self, stack: MLPStack, members: list[int], gs: list[Tensor], group: dict):
+        """Hand these blocks' gradients of W2 to the inner optimizer; gs: of their outputs."""
+        rows = stack.rows()
+        for i, g in zip(members, gs, strict=True):
+            stack.W2[i].grad = torch.outer(rows[i], g)
 
     def _finite(self, gradients: list[Tensor]) -> bool:
         for stack, g in zip(self.stacks, gradients, strict=True):
-            finite = g.isfinite().all().float()
-            if stack._all_reduce(finite - 1) < 0:
-                bad = [
-                    names[0]
-                    for names, part in zip(stack.names, g.split(stack.sizes), strict=True)
-                    if not part.isfinite().all()
-                ]
-                if self.nonfinite == "raise":
-                    raise FloatingPointError(
-                        f"NaN or Inf in the gradient of {', '.join(bad[:3]) or 'another rank'}: "
-                        "nothing was updated. Lower the learning rate, or use nonfinite='skip'"
-                    )
+            # The sum is ten times as fast as isfinite(), but it may overflow.
+            if stack.total(g).isfinite() or stack.total((~g.isfinite()).float()) == 0:
+                continue
+            if self.nonfinite == "skip":
                 return False
+            parts = zip(stack.names, g.split(stack.sizes), strict=True)
+            bad = [names[0] for names, part in parts if not part.isfinite().all()]
+            raise FloatingPointError(
+                f"NaN or Inf in the gradient of {', '.join(bad[:3]) or 'another rank'}: "
+                "nothing was updated. Lower the learning rate, or use nonfinite='skip'"
+            )
         return True
 
     def _clip(self, gradients: list[Tensor], trunks: list[tuple]):
@@ -252,7 +160,7 @@ class OPOptimizer(Optimizer):
         norms = [
             s.squared_norm(g, t) for s, g, t in zip(self.stacks, gradients, trunks, strict=True)
         ]
-        roots = [torch.linalg.vector_norm(g, dtype=_state_dtype([g])) for g in direct]
+        roots = [torch.linalg.vector_norm(g, dtype=state_dtype([g])) for g in direct]
         roots = [r.full_tensor() if isinstance(r, DTensor) else r for r in roots]
         norm = sum([*norms, *(root**2 for root in roots)]) ** 0.5
         scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -328,50 +236,3 @@ class OPOptimizer(Optimizer):
         packed = self.inner.state_dict()
         packed["state"] = {i: state[id(p)] for i, p in enumerate(flat) if id(p) in state}
         self.inner.load_state_dict(packed)
-
-    # Report
-
-    @property
-    def adapter_parameters(self) -> int:
-        """Values in the tensors that the MLPs predict: what is shipped."""
-        return sum(t.numel() for stack in self.stacks for t in stack.tensors)
-
-    @property
-    def mlp_parameters(self) -> int:
-        """Values in the MLPs: what is trained instead."""
-        return sum(
-            t.numel()
-            for stack in self.stacks
-            for t in [stack.z, stack.W1, stack.b1, stack.b2, *stack.W2]
-        )
-
-    def state_bytes(self) -> int:
-        """Bytes of MLPs and optimizer state on this rank now."""
-        mlp = [t for s in self.stacks for t in [s.z, s.W1, s.b1, s.b2, *s.W2]]
-        stateful = [*self.inner.state, *(W2 for s in self.stacks for W2 in s.W2)]
-        states = {id(t): self._state_of(t) for t in stateful}.values()
-        moments = [t for state in states for t in state.values() if torch.is_tensor(t)]
-        return sum(t.numel() * t.element_size() for t in mlp + moments)
-
-    def __repr__(self) -> str:
-        starts: dict[str, int] = {}
-        for stack in self.stacks:
-            for start in stack.starts:
-                kind = "paper" if "random" in start else "keep"
-                starts[kind] = starts.get(kind, 0) + 1
-        chosen = ", ".join(f"{count} start={kind!r}" for kind, count in starts.items())
-        direct = sum(len(g["params"]) for g in self.param_groups if not g["mlp_width"])
-        lines = [
-            f"{type(self).__name__}({type(self.inner).__name__}, blocks: {chosen or 'none'}; "
-            f"{self.adapter_parameters:,} adapter values from {self.mlp_parameters:,} MLP "
-            f"parameters; {direct} tensors trained directly)"
-        ]
-        keys = [*self.inner.defaults, "mlp_width"]
-        for group in self.param_groups:
-            lines.append("  " + ", ".join(f"{key}={group[key]}" for key in keys))
-        return "\n".join(lines)
-
-
-def _state_dtype(block: list[Tensor]) -> torch.dtype:
-    """fp32 under bf16 and fp16 adapters: an MLP's small steps would be lost there."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in block) else torch.float32

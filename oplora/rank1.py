@@ -4,14 +4,20 @@ W (rows, P), h (rows,), g (P,), or all with one leading dimension for members of
 matrix factorization study updates all its runs in one call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Values in the scratch that holds a piece of the gradient: small enough to stay in the L2 cache
-# together with the pieces of W and of both moments, large enough to hide the calls.
-SCRATCH = 65536
+# Values in the scratch that holds pieces of the gradient. On a CPU small enough to stay in the
+# L2 cache (or close), large enough to hide the calls; elsewhere what keeps the device busy.
+SCRATCH = 2**18
+SCRATCH_OTHERWISE = 2**24
+
+
+def _scratch_values(W: Tensor) -> int:
+    return SCRATCH if W.device.type == "cpu" else SCRATCH_OTHERWISE
 
 
 def rank1_sgd_(W: Tensor, h: Tensor, g: Tensor, lr: float | Tensor):
@@ -39,40 +45,84 @@ def rank1_adamw_(
     step: Tensor,
     *,
     lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-    fused: bool | None = None,
+    **adam: Any,
 ):
     """AdamW (torch.optim.AdamW's order of operations) on W with the gradient h ⊗ g.
 
-    step counts this update too. fused: use torch's fused kernel (bit-identical to
-    `AdamW(fused=True)` on the whole gradient if P is a multiple of 16: the kernel rounds the
-    last values of an odd length differently) or public operations; None takes the kernel where
-    torch has it. lr: a number or (members, 1).
+    lr: a number or (members, 1). step, adam: `foreach_rank1_adamw_`.
     """
-    adam = (step, betas, eps, weight_decay, maximize)
-    if fused is None:
-        fused = hasattr(torch, "_fused_adamw_") and W.device.type != "mps"
-    piece = _fused_piece if fused else _public_piece
-    if W.ndim > 2:  # members of one rate and as many as fit the scratch at a time
-        rates = lr.flatten().tolist() if isinstance(lr, Tensor) else [lr] * len(W)
-        for part, rate in _equal_rates(rates, max(1, SCRATCH // W[0].numel())):
-            gradient = h[part].unsqueeze(-1) * g[part].unsqueeze(-2)
-            piece(W[part], gradient, exp_avg[part], exp_avg_sq[part], rate, *adam)
+    if W.ndim == 2:
+        foreach_rank1_adamw_([W], [exp_avg], [exp_avg_sq], [h], [g], [step], lr=lr, **adam)
         return
-    if not W.numel():  # no unit on yet, or a rank of FSDP2 that holds nothing of this adapter
+    # members of one rate and as many as fit the scratch at a time
+    most = max(1, _scratch_values(W) // W[0].numel())
+    rates = lr.flatten().tolist() if isinstance(lr, Tensor) else [lr] * len(W)
+    for part, rate in _equal_rates(rates, most):
+        gradient = h[part].unsqueeze(-1) * g[part].unsqueeze(-2)
+        piece = ([W[part]], [gradient], [exp_avg[part]], [exp_avg_sq[part]], [step])
+        _adamw_(*piece, lr=rate, **adam)
+
+
+def foreach_rank1_adamw_(
+    Ws: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    hs: Sequence[Tensor],
+    gs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    **adam: Any,
+):
+    """`rank1_adamw_` on many matrices of one device and dtype, as many a call as fit the scratch.
+
+    steps count this update too. adam: betas, eps, weight_decay, maximize and `fused`: use torch's
+    fused kernel (bit-identical to `AdamW(fused=True)` on the whole gradient if P is a multiple
+    of 16: the kernel rounds the last values of an odd length differently) or public operations;
+    None takes the kernel where torch has it.
+    """
+    if not Ws:
         return
-    columns = min(SCRATCH, W.shape[1])
-    rows = max(1, SCRATCH // columns)
-    scratch = W.new_empty(min(rows, len(W)) * columns)
+    scratch = Ws[0].new_empty(min(_scratch_values(Ws[0]), sum(W.numel() for W in Ws)))
+    matrices = list(zip(Ws, exp_avgs, exp_avg_sqs, hs, gs, steps, strict=True))
+    for batch in _batches(matrices, len(scratch)):
+        W, exp_avg, exp_avg_sq, h, g, step = map(list, zip(*batch, strict=True))
+        gradients, used = [], 0
+        for rows, columns in zip(h, g, strict=True):
+            gradient = scratch[used : used + len(rows) * len(columns)].view(len(rows), -1)
+            gradients.append(torch.outer(rows, columns, out=gradient))
+            used += gradient.numel()
+        _adamw_(W, gradients, exp_avg, exp_avg_sq, step, lr=lr, **adam)
+
+
+def _batches(matrices: list[tuple[Tensor, ...]], most: int) -> Iterator[list[tuple[Tensor, ...]]]:
+    """The matrices (W, exp_avg, exp_avg_sq, h, g, step), together `most` values at a time."""
+    batch, free = [], most
+    for matrix in matrices:
+        for piece in _pieces(*matrix, most):
+            size = piece[0].numel()
+            if size > free:
+                yield batch
+                batch, free = [], most
+            batch.append(piece)
+            free -= size
+    if batch:
+        yield batch
+
+
+def _pieces(W, exp_avg, exp_avg_sq, h, g, step, most: int) -> Iterator[tuple[Tensor, ...]]:
+    """One matrix whole, or if it is too large, contiguous pieces of `most` values."""
+    if W.numel() <= most:
+        if W.numel():  # else no unit is on yet, or a rank of FSDP2 holds nothing of this adapter
+            yield W, exp_avg, exp_avg_sq, h, g, step
+        return
+    columns = min(most, W.shape[1])
+    rows = most // columns
     for r in range(0, len(W), rows):
         for c in range(0, W.shape[1], columns):
             part = (slice(r, r + rows), slice(c, c + columns))
-            gradient = scratch[: W[part].numel()].view(W[part].shape)
-            torch.mul(h[r : r + rows, None], g[None, c : c + columns], out=gradient)
-            piece(W[part], gradient, exp_avg[part], exp_avg_sq[part], lr, *adam)
+            tensors = (tensor[part] for tensor in (W, exp_avg, exp_avg_sq))
+            yield *tensors, h[part[0]], g[part[1]], step
 
 
 def _equal_rates(rates: list[float], most: int) -> Iterator[tuple[slice, float]]:
@@ -83,31 +133,48 @@ def _equal_rates(rates: list[float], most: int) -> Iterator[tuple[slice, float]]
             start = i
 
 
-def _fused_piece(W, gradient, exp_avg, exp_avg_sq, lr, step, betas, eps, weight_decay, maximize):
-    torch._fused_adamw_(
-        [W],
-        [gradient],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [step],
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=maximize,
-    )
-
-
-def _public_piece(W, gradient, exp_avg, exp_avg_sq, lr, step, betas, eps, weight_decay, maximize):
-    if maximize:
-        gradient.neg_()
-    if weight_decay:
-        W.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(gradient, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    step = float(step)
-    denominator = torch.sqrt(exp_avg_sq, out=gradient).div_((1 - betas[1] ** step) ** 0.5).add_(eps)
-    W.addcdiv_(exp_avg, denominator, value=-lr / (1 - betas[0] ** step))
+def _adamw_(
+    Ws: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    fused: bool | None = None,
+):
+    """AdamW on contiguous tensors whose gradients may be overwritten."""
+    if fused is None:
+        fused = hasattr(torch, "_fused_adamw_") and Ws[0].device.type != "mps"
+    if fused:
+        torch._fused_adamw_(
+            Ws,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=maximize,
+        )
+        return
+    for W, g, exp_avg, exp_avg_sq, step in zip(
+        Ws, gradients, exp_avgs, exp_avg_sqs, map(float, steps), strict=True
+    ):
+        if maximize:
+            g.neg_()
+        if weight_decay:
+            W.mul_(1 - lr * weight_decay)
+        exp_avg.lerp_(g, 1 - betas[0])
+        exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        denominator = torch.sqrt(exp_avg_sq, out=g).div_((1 - betas[1] ** step) ** 0.5).add_(eps)
+        W.addcdiv_(exp_avg, denominator, value=-lr / (1 - betas[0] ** step))

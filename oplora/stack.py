@@ -4,8 +4,8 @@ A block is the list of tensors that one MLP predicts. z, W1 and b1 of all blocks
 that the hidden layer costs one batched product; W2 is one (width, P) matrix a block.
 
 Since z is a single input, a hidden unit that is off (h_j = 0) contributes nothing and gets no
-gradient. With `compact`, rows of W2 are stored with the units that were ever on first, and only
-these rows are read.
+gradient. With `compact`, `W2` has the rows of units that were ever on alone. The others still
+are what they were drawn as: they are drawn again when they are needed.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,10 @@ from itertools import compress
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from oplora.mlp import MLPWeights, generator_for, hidden, initial_mlp, pullback, resolve_starts
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a (possibly FSDP2-sharded) tensor that lives on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from oplora.shards import local, local_columns
 
 
 class MLPStack:
@@ -56,21 +52,28 @@ class MLPStack:
             )
         self.device = local(self.tensors[0]).device
         self.sizes = [sum(local(t).numel() for t in block) for block in self.blocks]
-        self.starts, mlps = [], []
+        self.starts, self._drawn, mlps = [], [], []
         for block, block_names, start in zip(self.blocks, self.names, starts, strict=True):
             if isinstance(start, str):
                 start = resolve_starts(start, self._are_zero(block))
             self.starts.append(start)
-            mlps.append(self._initial_block(block, block_names, start, dtype, seed, mlp_options))
+            self._drawn.append((block, block_names, start, dtype, seed, mlp_options))
+            mlp = self._initial_block(*self._drawn[-1])
+            # Which rows are needed is known when all are stacked: never hold all of them at once.
+            mlps.append(mlp._replace(W2=mlp.W2[:0].clone()) if compact else mlp)
         self.z, self.W1, self.b1 = (torch.stack([m[i] for m in mlps]) for i in range(3))
-        self.W2 = [m.W2 for m in mlps]
         self.b2 = torch.cat([m.b2 for m in mlps])
         self.order = torch.arange(width, device=self.device).repeat(len(mlps), 1)
         self.active = [0 if compact else width] * len(mlps)  # rows of W2 that were ever on
+        self.W2 = [m.W2 for m in mlps]
+        # Rows of units that never were on, unless they are as they were drawn.
+        self.rest: list[Tensor | None] = [None] * len(mlps)
         self._link_views()
-        self.h = self._hidden()
-        self.theta = self._predict()
+        flat = [torch.empty_like(self.b2) for _ in range(3)]  # reused by every step
+        self.theta, self.written, self._g = flat
+        self._theta_parts, self._written_parts, self._g_parts = map(self._parts, flat)
         self.accept()
+        self._predict()
         if adopt:
             self._expect_theta([s != "keep" for start in self.starts for s in start])
         else:
@@ -82,9 +85,9 @@ class MLPStack:
         mlp = initial_mlp(whole, start, self.width, generator=generator, dtype=dtype, **options)
         if self.mesh is not None:  # the same MLP on every rank, of which each keeps its columns
             parts = zip(block, mlp.W2.split([t.numel() for t in whole], 1), strict=True)
-            W2 = torch.cat([_local_columns(t, part) for t, part in parts], 1)
+            W2 = torch.cat([local_columns(t, part) for t, part in parts], 1)
             parts = zip(block, mlp.b2.split([t.numel() for t in whole]), strict=True)
-            b2 = torch.cat([_local_columns(t, part[None])[0] for t, part in parts])
+            b2 = torch.cat([local_columns(t, part[None])[0] for t, part in parts])
             mlp = mlp._replace(W2=W2, b2=b2)
         return MLPWeights(*(w.to(self.device) for w in mlp))
 
@@ -106,6 +109,10 @@ class MLPStack:
             dist.all_reduce(value, group=self.mesh.get_group())
         return value
 
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of values, over all ranks."""
+        return self._all_reduce(values.sum())
+
     # The step, in the order in which the optimizer calls it
 
     def participating(self) -> list[int]:
@@ -114,14 +121,13 @@ class MLPStack:
 
     def gradient(self) -> Tensor:
         """g = dL/dtheta of all blocks, flat; zero where a tensor has no gradient."""
-        return torch.cat(
-            [
-                (local(t.grad) if t.grad is not None else torch.zeros_like(local(t)))
-                .reshape(-1)
-                .to(self.b2.dtype)
-                for t in self.tensors
-            ]
-        )
+        grads = [None if t.grad is None else local(t.grad) for t in self.tensors]
+        given = [grad is not None for grad in grads]
+        if not all(given):
+            self._g.zero_()
+        if any(given):
+            torch._foreach_copy_(list(compress(self._g_parts, given)), list(compress(grads, given)))
+        return self._g
 
     def absorb_edits(self, refuse: bool) -> list[str]:
         """Take over values that someone wrote into the tensors since the last step.
@@ -129,7 +135,7 @@ class MLPStack:
         b2 moves by the difference, so the MLP predicts the new values. Returns the edited
         tensors' names; raises RuntimeError if `refuse`, or if the new values are not finite.
         """
-        current = self._read()
+        current = self._read(into=self.theta)  # predicted anew before anyone asks for it
         if torch.equal(current, self.written):
             return []
         change = current - self.written
@@ -155,20 +161,21 @@ class MLPStack:
 
     def accept(self):
         """Take what the tensors hold now for the MLPs' own output: it will not count as edited."""
-        self.written = self._read()
+        self._read(into=self.written)
 
     def backward(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the stacked z, W1, b1 from the flat g."""
         dh = torch.zeros_like(self.h)
         for i, part in enumerate(g.split(self.sizes)):
             n = self.active[i]
-            dh[i, :n] = self.W2[i][:n] @ part
+            torch.mv(self.W2[i], part, out=dh[i, :n])
         dh = torch.zeros_like(dh).scatter_(1, self.order, self._all_reduce(dh))
         return pullback(dh, self.z, self.W1, self.h)
 
-    def rows(self, i: int) -> Tensor:
-        """h of block i in the order of its W2 rows: dL/dW2 = rows ⊗ g."""
-        return self.h[i, self.order[i, : self.active[i]]]
+    def rows(self) -> list[Tensor]:
+        """h of every block in the order of its W2 rows: dL/dW2 = rows ⊗ g."""
+        ordered = self.h.gather(1, self.order)
+        return [row[:n] for row, n in zip(ordered, self.active, strict=True)]
 
     def squared_norm(self, g: Tensor, trunk: Sequence[Tensor]) -> Tensor:
         """Squared norm of the gradient of all MLPs: the rank-1 parts need only |g| and |h|."""
@@ -178,44 +185,73 @@ class MLPStack:
 
     def predict(self, members: Sequence[int]):
         """theta from the present MLPs, written into these blocks' tensors in place."""
-        self.h = self._hidden()
-        self.theta = self._predict()
+        self._predict()
         members = set(members)
         self._write([i in members for i, block in enumerate(self.blocks) for _ in block])
 
     # State
 
+    @property
+    def mlp_parameters(self) -> int:
+        """Values in all MLPs."""
+        trunks = self.z.numel() + self.W1.numel() + self.b1.numel()
+        return trunks + (self.width + 1) * self.b2.numel()
+
+    def held(self) -> list[Tensor]:
+        """What the MLPs occupy memory with."""
+        rest = [rows for rows in self.rest if rows is not None]
+        return [self.z, self.W1, self.b1, self.b2, *self.W2, *rest]
+
+    def inactive(self, i: int) -> Tensor:
+        """Rows of block i's W2 whose units never were on, in the order of `order`."""
+        if self.rest[i] is not None:
+            return self.rest[i]
+        if self.active[i] == self.width:
+            return self.W2[i][self.width :]
+        return self._initial_block(*self._drawn[i]).W2[self.order[i, self.active[i] :]]
+
     def state(self, i: int) -> dict[str, Tensor]:
-        """The MLP of block i, by name; tensors are views, not copies."""
-        return {**self.trunks[i], "W2": self.W2[i], "order": self.order[i]}
+        """The MLP of block i, by name, with all rows of W2 in the order of `order`."""
+        W2 = (
+            torch.cat([self.W2[i], self.inactive(i)]) if self.active[i] < self.width else self.W2[i]
+        )
+        return {**self.trunks[i], "W2": W2, "order": self.order[i]}
 
     def check(self, i: int, state: dict[str, Tensor]):
         """ValueError if `state` is not of this MLP's shapes."""
-        for name, mine in self.state(i).items():
-            if name not in state or state[name].shape != mine.shape:
+        for name, shape in self._shapes(i).items():
+            if name not in state or state[name].shape != shape:
                 found = tuple(state[name].shape) if name in state else "missing"
                 raise ValueError(
                     f"state of {self.names[i][0]}: {name} is {found}, here it is "
-                    f"{tuple(mine.shape)}: it was saved with another mlp_width, z_dim or adapter"
+                    f"{tuple(shape)}: it was saved with another mlp_width, z_dim or adapter"
                 )
+
+    def _shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        trunk = {name: tensor.shape for name, tensor in self.trunks[i].items()}
+        return {**trunk, "W2": (self.width, self.sizes[i]), "order": (self.width,)}
 
     def load(self, i: int, state: dict[str, Tensor], active: int):
         """Inverse of `state`, after `check`; call `loaded` when all blocks are in."""
-        for name, mine in self.state(i).items():
+        for name, mine in [*self.trunks[i].items(), ("order", self.order[i])]:
             mine.copy_(state[name])
         self.active[i] = active
+        self.W2[i].resize_(active, self.sizes[i]).copy_(state["W2"][:active])
+        self.rest[i] = None
+        rest = state["W2"][active:].to(self.W2[i])
+        if not torch.equal(rest, self.inactive(i)):
+            self.rest[i] = rest.clone()
 
     def loaded(self):
         """After `load` of all blocks: the tensors are expected to hold the MLPs' values."""
-        self.h = self._hidden()
-        self.theta = self._predict()
+        self._predict()
         self._expect_theta([True] * len(self.tensors))
 
     # Inner pieces
 
     def _expect_theta(self, mask: Sequence[bool]):
         """Count what these tensors hold instead of the MLPs' values as an edit."""
-        parts = zip(self._parts(self.written), self._parts(self.theta), self.tensors, strict=True)
+        parts = zip(self._written_parts, self._theta_parts, self.tensors, strict=True)
         for written, theta, tensor in compress(parts, mask):
             written.copy_(theta.to(tensor.dtype))
 
@@ -226,24 +262,33 @@ class MLPStack:
         return h
 
     def _activate(self, h: Tensor):
-        """Move the rows of units that are on for the first time behind those already active."""
+        """Append the rows of units that are on for the first time to those already active."""
         width = torch.arange(self.width, device=h.device)
         active = torch.tensor(self.active, device=h.device)
         new = (h.gather(1, self.order) > 0) & (width >= active[:, None])
-        for i, row in new.nonzero().tolist():
-            first = self.active[i]
-            if row != first:
-                pair, swapped = [first, row], [row, first]
-                self.W2[i][pair] = self.W2[i][swapped]
+        for i in new.any(1).nonzero().flatten().tolist():
+            rest, first = self.inactive(i), self.active[i]
+            for row in new[i].nonzero().flatten().tolist():
+                pair, swapped = [self.active[i], row], [row, self.active[i]]
                 self.order[i, pair] = self.order[i, swapped]
-            self.active[i] += 1
+                rest[[k - first for k in pair]] = rest[[k - first for k in swapped]]
+                self.active[i] += 1
+            count = self.active[i] - first
+            self.W2[i].resize_(self.active[i], self.sizes[i])[first:] = rest[:count]
+            if self.rest[i] is not None:
+                self.rest[i] = rest[count:].clone()
 
-    def _predict(self) -> Tensor:
-        parts = [self.W2[i][: self.active[i]].T @ self.rows(i) for i in range(len(self.blocks))]
-        return torch.cat(parts) + self.b2
+    def _predict(self):
+        """h and theta from the present MLPs."""
+        self.h = self._hidden()
+        for i, (h, part) in enumerate(zip(self.rows(), self.theta.split(self.sizes), strict=True)):
+            torch.mv(self.W2[i].T, h, out=part)
+        self.theta += self.b2
 
-    def _read(self) -> Tensor:
-        return torch.cat([local(t).detach().reshape(-1).to(self.b2.dtype) for t in self.tensors])
+    def _read(self, into: Tensor) -> Tensor:
+        parts = self._theta_parts if into is self.theta else self._written_parts
+        torch._foreach_copy_(parts, [local(t).detach() for t in self.tensors])
+        return into
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         mine = [local(t) for t in self.tensors]
@@ -252,8 +297,8 @@ class MLPStack:
 
     def _write(self, mask: Sequence[bool]):
         mine = [local(t).detach() for t in self.tensors]
-        values, written = self._parts(self.theta), self._parts(self.written)
-        mine, values, written = (list(compress(x, mask)) for x in (mine, values, written))
+        lists = (mine, self._theta_parts, self._written_parts)
+        mine, values, written = (list(compress(x, mask)) for x in lists)
         if mine:
             torch._foreach_copy_(mine, values)
             torch._foreach_copy_(written, mine)
@@ -261,16 +306,3 @@ class MLPStack:
 
 def _eps(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps
-
-
-def _local_columns(tensor: Tensor, whole: Tensor) -> Tensor:
-    """Columns (…, local values) of `whole` (…, all values) that this rank's shard covers."""
-    if not isinstance(tensor, DTensor):
-        return whole
-    if any(not (p.is_replicate() or p == Shard(0)) for p in tensor.placements):
-        raise ValueError(f"only tensors sharded along dim 0 are supported, not {tensor.placements}")
-    shaped = whole.view(len(whole), *tensor.shape)
-    index = torch.arange(tensor.shape[0], device=tensor.device)
-    index = DTensor.from_local(index, tensor.device_mesh, run_check=False)
-    rows = index.redistribute(tensor.device_mesh, tensor.placements).to_local()
-    return shaped[:, rows.to(shaped.device)].flatten(1)

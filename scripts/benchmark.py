@@ -1,23 +1,116 @@
-"""Speed against the alternatives, as ratios measured side by side in one run.
+"""Speed and memory against the alternatives, as ratios measured side by side in one run.
 
-python scripts/benchmark.py [matrix_factorization optimizer_step …]     default: all
+python scripts/benchmark.py [training_step optimizer_step shapes …]     default: all
 Writes results/benchmarks/<name>.json. Run it on an otherwise idle machine.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy
 import torch
+from benchmark_training import (
+    DEVICE,
+    METHODS,
+    WORKLOADS,
+    peak_memory,
+    prepare,
+    seconds,
+    timed_step,
+)
 from tqdm import tqdm
 
 import oplora
 from oplora.factorization import SGD, Adam, Momentum, Problem, factorize
+from oplora.mlp import AdapterMLP
+from oplora.optimizer import OPOptimizer
 from oplora.runs import environment, write_atomically
+
+ROUNDS = 5  # their range is a 94% interval of the median
+CASES = [  # workload, rank, methods
+    ("smollm2", 8, list(METHODS)),
+    (
+        "smollm2",
+        32,
+        ["lora", "oplora", "oplora_lite", "oplora_in_graph_fused", "lora_pro", "lora_rite"],
+    ),
+    ("tiny_sdxl", 4, list(METHODS)),
+]
+
+
+def training_step() -> dict:
+    """Forward and backward, optimizer step and peak memory of every method, interleaved."""
+    return {"rounds": ROUNDS, "cases": [_case(*case) for case in CASES]}
+
+
+def _case(workload: str, rank: int, names: list[str]) -> dict:
+    threads = torch.get_num_threads()
+    rows = {
+        name: {"peak_memory_bytes": peak_memory(workload, rank, name, threads)}
+        for name in tqdm(names, desc=f"{workload}, rank {rank}: memory")
+    }
+    loaded = WORKLOADS[workload]()
+    subjects = {name: prepare(loaded, rank, name) for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    triads = []
+    for repetition in tqdm(range(ROUNDS + 1), desc=f"{workload}, rank {rank}: seconds"):
+        triads.append(triad())
+        for name, subject in subjects.items():
+            found = timed_step(*subject)
+            if repetition:  # the first allocates the optimizer's state
+                times[name].append(found)
+    optimizer = subjects["oplora"][1]
+    limit = traffic_bytes(optimizer) / statistics.median(triads)
+    steps = {name: [sum(pair) for pair in pairs] for name, pairs in times.items()}
+    for name, row in rows.items():
+        graph, update = zip(*times[name], strict=True)
+        ratios = [a / b for a, b in zip(steps[name], steps["lora"], strict=True)]
+        row["forward_backward_seconds"] = spread(graph)
+        row["optimizer_seconds"] = spread(update)
+        row["step_over_lora"] = spread(ratios)
+    return {
+        "model": workload,
+        "rank": rank,
+        "adapter_parameters": optimizer.adapter_parameters,
+        "mlp_parameters": optimizer.mlp_parameters,
+        "triad_bytes_per_second": spread(triads),
+        "oplora_traffic_bytes": traffic_bytes(optimizer),
+        "oplora_optimizer_over_limit": rows["oplora"]["optimizer_seconds"]["median"] / limit,
+        "methods": rows,
+    }
+
+
+def traffic_bytes(optimizer: OPOptimizer) -> int:
+    """What an exact step of OPAdamW reads and writes at least, without weight decay, in fp32.
+
+    Per value of an active row of W2: 4 bytes for dL/dh, 24 to read and write it and both
+    moments, 4 to predict. Per adapter value: the gradient, b2 and its moments, and the tensor,
+    which is compared with what was written into it and written again: 44 bytes.
+    """
+    active = sum(n * p for s in optimizer.stacks for n, p in zip(s.active, s.sizes, strict=True))
+    return 32 * active + 44 * optimizer.adapter_parameters
+
+
+def triad(values: int = 40_000_000) -> float:
+    """Bytes per second of a = b + 3 c (STREAM's triad), by its rule of 12 bytes a value."""
+    if not _TRIAD:
+        _TRIAD.extend(torch.ones(values, device=DEVICE) for _ in range(3))
+    a, b, c = _TRIAD
+    return 12 * values / min(seconds(lambda: torch.add(b, c, alpha=3.0, out=a)) for _ in range(3))
+
+
+_TRIAD: list[torch.Tensor] = []
+
+
+def spread(values) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def matrix_factorization() -> dict:
@@ -26,6 +119,7 @@ def matrix_factorization() -> dict:
     A sample of the loop's runs is timed between pieces of the batch's time and scaled up to all
     of them; both with one thread and the full logging.
     """
+    torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     problem = Problem(steps=100)
     seeds, rates = list(range(10)), [10 ** (k / 3) for k in range(-6, 10)]
@@ -40,11 +134,11 @@ def matrix_factorization() -> dict:
         options = dict(method=method, rule=rule, width=32, z_dim=128)
         factor = 0.01 if rule is Adam else 1.0
         scaled = [rate * factor for rate in rates]
-        batch = _seconds(partial(factorize, problem, seeds, scaled, **options))
+        batch = seconds(partial(factorize, problem, seeds, scaled, **options))
         singles = [
-            _seconds(partial(factorize, problem, [0], [scaled[i]], **options)) for i in sample
+            seconds(partial(factorize, problem, [0], [scaled[i]], **options)) for i in sample
         ]
-        again = _seconds(partial(factorize, problem, seeds, scaled, **options))
+        again = seconds(partial(factorize, problem, seeds, scaled, **options))
         batch = (batch + again) / 2
         loop = statistics.mean(singles) * len(rates) * len(seeds)
         totals["batch"] += batch
@@ -69,66 +163,35 @@ def matrix_factorization() -> dict:
 def optimizer_step() -> dict:
     """One optimizer step of OP-LoRA: ours, the generic form and the MLPs in the graph.
 
-    30 layers of 576 → 576 adapters of rank 8 at width 32, fp32; interleaved, medians of 15.
+    30 layers of 576 → 576 adapters of rank 8 at width 32, fp32; interleaved, medians of 15. Of
+    the MLPs in the graph also their forward and backward, which ours does in the step.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def adapters():
-        return [
-            [
-                torch.nn.Parameter(torch.randn(8, 576, generator=generator)),
-                torch.nn.Parameter(torch.zeros(576, 8)),
-            ]
-            for _ in range(30)
-        ]
-
-    def in_optimizer(make):
-        blocks = adapters()
-        optimizer = make(blocks)
-        grads = [[torch.randn_like(t) for t in block] for block in blocks]
-
-        def step():
-            for block, gradient in zip(blocks, grads, strict=True):
-                for tensor, g in zip(block, gradient, strict=True):
-                    tensor.grad = g
-            optimizer.step()
-
-        return step
-
-    def in_graph(**options):
-        blocks = adapters()
-        mlps = [oplora.AdapterMLP(block) for block in blocks]
-        optimizer = torch.optim.AdamW([p for m in mlps for p in m.parameters()], **options)
-        grads = [[torch.randn_like(t) for t in block] for block in blocks]
-
-        def step():
-            optimizer.zero_grad()
-            for mlp, gradient in zip(mlps, grads, strict=True):
-                torch.autograd.backward(mlp(), gradient)
-            optimizer.step()
-
-        return step
-
     forms = {
-        "lora_adamw_fused": in_optimizer(
+        "lora_adamw_fused": _in_optimizer(
             lambda blocks: torch.optim.AdamW([t for b in blocks for t in b], fused=True)
         ),
-        "op_adamw": in_optimizer(lambda blocks: oplora.OPAdamW(blocks, start="paper")),
-        "op_generic_adamw_fused": in_optimizer(
-            lambda blocks: oplora.OPOptimizer(blocks, torch.optim.AdamW, fused=True, start="paper")
+        "op_adamw": _in_optimizer(partial(oplora.OPAdamW, start="paper", weight_decay=0.0)),
+        "op_generic_adamw_fused": _in_optimizer(
+            partial(
+                oplora.OPOptimizer,
+                optimizer_cls=torch.optim.AdamW,
+                fused=True,
+                start="paper",
+                weight_decay=0.0,
+            )
         ),
-        "in_graph_adamw_fused": in_graph(fused=True),
-        "in_graph_adamw_foreach": in_graph(foreach=True),
+        "in_graph_adamw_fused": _in_graph(fused=True),
+        "in_graph_adamw_foreach": _in_graph(foreach=True),
     }
     times: dict[str, list[float]] = {name: [] for name in forms}
     for repetition in tqdm(range(18), desc="optimizer step"):
         for name, step in forms.items():
-            seconds = _seconds(step)
+            found = seconds(step)
             if repetition >= 3:  # warm-up
-                times[name].append(seconds)
+                times[name].append(found)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
-        "adapter_parameters": sum(t.numel() for block in adapters() for t in block),
+        "adapter_parameters": sum(t.numel() for block in _adapters() for t in block),
         "milliseconds": {name: round(1e3 * value, 2) for name, value in medians.items()},
         "ratio_to_op_adamw": {
             name: round(value / medians["op_adamw"], 2) for name, value in medians.items()
@@ -136,27 +199,93 @@ def optimizer_step() -> dict:
     }
 
 
-def _seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def _adapters(count: int = 30, columns: int = 576, rank: int = 8) -> list[list[torch.nn.Parameter]]:
+    shapes = [(rank, columns), (columns, rank)]
+    draws = [torch.randn(shapes[0], device=DEVICE) for _ in range(count)]
+    zeros = [torch.zeros(shapes[1], device=DEVICE) for _ in range(count)]
+    return [[torch.nn.Parameter(t) for t in pair] for pair in zip(draws, zeros, strict=True)]
 
 
-BENCHMARKS = {f.__name__: f for f in (matrix_factorization, optimizer_step)}
+def _in_optimizer(make: Callable, **sizes: int) -> Callable[[], None]:
+    """A step of the optimizer that `make` builds of blocks with random gradients."""
+    blocks = _adapters(**sizes)
+    optimizer = make(blocks)
+    for block in blocks:
+        for tensor in block:
+            tensor.grad = torch.randn_like(tensor)
+    return optimizer.step
+
+
+def _in_graph(**options) -> Callable[[], None]:
+    blocks = _adapters()
+    mlps = [AdapterMLP(block).to(DEVICE) for block in blocks]
+    parameters = [p for mlp in mlps for p in mlp.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, **options)
+    grads = [[torch.randn_like(t) for t in block] for block in blocks]
+
+    def step():
+        optimizer.zero_grad()
+        for mlp, gradient in zip(mlps, grads, strict=True):
+            torch.autograd.backward(mlp(), gradient)
+        optimizer.step()
+
+    return step
+
+
+def shapes() -> dict:
+    """OPAdamW's step over MLP widths and adapter sizes, and the line through them.
+
+    8 adapters of rank 8, median of 7 steps after 2. x is width × adapter values of one adapter.
+    """
+    cases = []
+    grid = [(width, columns) for width in (8, 16, 32, 64) for columns in (2048, 4096, 8192)]
+    for width, columns in tqdm(grid, desc="shapes"):
+        make = partial(oplora.OPAdamW, start="paper", weight_decay=0.0, mlp_width=width)
+        step = _in_optimizer(make, count=8, columns=columns)
+        found = [seconds(step) for _ in range(9)][2:]
+        (stack,) = step.__self__.stacks
+        active = sum(n * p for n, p in zip(stack.active, stack.sizes, strict=True))
+        cases.append(
+            {
+                "width": width,
+                "adapter_parameters": sum(stack.sizes),
+                "active_W2_values": active,
+                "seconds": spread(found),
+            }
+        )
+    values = numpy.array([[1, c["adapter_parameters"], c["active_W2_values"]] for c in cases])
+    times = numpy.array([c["seconds"]["median"] for c in cases])
+    # relative residuals: small cases count as much as large ones
+    fit, *_ = numpy.linalg.lstsq(values / times[:, None], numpy.ones(len(times)), rcond=None)
+    residuals = values @ fit / times - 1
+    names = ("seconds", "seconds_per_adapter_value", "seconds_per_active_W2_value")
+    return {
+        "cases": cases,
+        "fit": dict(zip(names, fit.tolist(), strict=True)),
+        "largest_relative_residual": float(abs(residuals).max()),
+        "r_squared": float(
+            1 - ((values @ fit - times) ** 2).sum() / ((times - times.mean()) ** 2).sum()
+        ),
+    }
+
+
+BENCHMARKS = {f.__name__: f for f in (training_step, optimizer_step, shapes, matrix_factorization)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
-    parser.add_argument("--threads", type=int, default=1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument("--threads", type=int, default=cores, help="default: all cores")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(BENCHMARKS):
         parser.error(f"unknown: {', '.join(unknown)}; choose of {', '.join(BENCHMARKS)}")
-    torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or BENCHMARKS:
-        result = {"threads": arguments.threads, **BENCHMARKS[name](), "environment": environment()}
+        torch.set_num_threads(arguments.threads)
+        result = BENCHMARKS[name]()
+        result = {"threads": torch.get_num_threads(), **result, "environment": environment()}
         text = json.dumps(result, indent=1)
         write_atomically(arguments.out / f"{name}.json", text + "\n")
         result.pop("environment")

@@ -5,17 +5,26 @@ python scripts/report.py results/runs --out results/report
 """
 
 import argparse
+import ast
 import json
 import sys
 import time
 from pathlib import Path
 
-from oplora.report import build, fill
+import pandas
+
+from oplora.report import build, claims, fill
 from oplora.report.page import Statement, Table, markdown_table, write_report
 from oplora.runs import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
+PENDING = {  # the README's tables of experiments that may have no published runs
+    "sdxl_small_fluent": "sdxl",
+    "llava_cars_small": "llava_cars",
+    "vl_bart_small": "vl_bart",
+    "commonsense_small_float32": "commonsense",
+}
 
 
 def main() -> int:
@@ -29,7 +38,7 @@ def main() -> int:
         sections = build(runs)
         path = write_report("OP-LoRA: results", sections, arguments.out or runs / "report")
         if arguments.runs is None:
-            fill_readme(sections)
+            fill_readme(sections, ROOT / "README.md")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -37,22 +46,56 @@ def main() -> int:
     return 0
 
 
-def fill_readme(sections: list) -> None:
-    """The README's tables and statements, from the published runs and the measured commands."""
+def fill_readme(sections: list, readme: Path) -> None:
+    """The README's tables and statements, its list of files, and the measured commands."""
     parts = [part for section in sections for part in section.parts]
-    tables = {part.name: markdown_table(part.rows) for part in parts if isinstance(part, Table)}
-    tables |= {part.name: part.text for part in parts if isinstance(part, Statement)}
+    rows = {part.name: part.rows for part in parts if isinstance(part, Table)}
+    texts = {
+        name: f"Not run yet: `scripts/sweep_learning_rates.sh {experiment}`, then `sweep_seeds.sh`."
+        for name, experiment in PENDING.items()
+    }
+    texts |= {name: markdown_table(compact(table)) for name, table in rows.items()}
+    texts |= {part.name: part.text for part in parts if isinstance(part, Statement)}
+    texts["claims_short"] = markdown_table(claims.short(rows["claims"]))
+    texts |= {"commands": commands(), "files": files()}
+    write_atomically(readme, fill(readme.read_text(encoding="utf-8"), texts))
+
+
+def compact(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """Without the single commonsense tasks, and without costs but the seconds."""
+    left_out = {"trained parameters", "shipped parameters", "peak memory, GB"}
+    if "held-out NLL" in rows and "average" in rows:
+        columns = list(rows.columns)
+        left_out |= set(columns[columns.index("average") + 1 : columns.index("trained parameters")])
+    return rows[[column for column in rows.columns if column not in left_out]]
+
+
+def commands() -> str:
+    """What the README's commands cost, from scripts/measure_commands.py."""
     measured = json.loads((ROOT / "results" / "benchmarks" / "commands.json").read_text())
     minutes = {c["command"]: c["minutes"] for c in measured["commands"]}
-    tables["commands"] = (
+    return (
         f"Measured in a fresh clone on {measured['cores']} cores ({measured['cpu']}): set-up "
         f"{minutes['make setup']:.1f} min and {measured['venv_megabytes']} MB, then `make test` "
-        f"{minutes['make test']:.1f} min, `make reproduce` {minutes['make reproduce']:.1f} min "
-        f"and {measured['results_megabytes']} MB of results; started again it skips everything and "
-        f"renders the report anew in {measured['reproduce_again_seconds']:.0f} s."
+        f"{minutes['make test']:.1f} min."
     )
-    readme = ROOT / "README.md"
-    write_atomically(readme, fill(readme.read_text(encoding="utf-8"), tables))
+
+
+def files() -> str:
+    """One line a file: what its first line says of it."""
+    lines = {}
+    for path in sorted((ROOT / "oplora").rglob("*.py")):
+        if path.name != "__init__.py":
+            lines[path] = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    for path in sorted((ROOT / "scripts").glob("*")):
+        if path.suffix == ".py":
+            lines[path] = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        elif path.suffix == ".sh":
+            text = path.read_text(encoding="utf-8").removeprefix("#!/usr/bin/env bash\n")
+            lines[path] = text.splitlines()[0].removeprefix("# ")
+    listed = [f"{path.relative_to(ROOT)!s:35} {text.splitlines()[0].rstrip('.')}"
+              for path, text in lines.items()]  # fmt: skip
+    return "```\n" + "\n".join(listed) + "\n```"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,40 @@
 #!/usr/bin/env bash
-# Everything that this machine can reproduce: finished runs are skipped, cut ones are resumed.
-# Usage: scripts/reproduce.sh [RUNS_DIR [REPORT_DIR]]
-set -euo pipefail
-cd "$(dirname "$0")/.."
+# What a laptop can reproduce: matrix factorization whole; of every other experiment's small preset
+# LoRA and OP-LoRA, one seed each, at the learning rates that the published sweeps chose.
+# Usage: scripts/reproduce.sh [RUNS_DIR [REPORT_DIR]]; finished runs are skipped, cut ones go on.
+source "$(dirname "$0")/multirun.sh"
 runs=${1:-results/runs}
 report=${2:-results/report}
-python=${PYTHON:-python}
-jobs=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
+export PYTHON=${PYTHON:-python}
+JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
+export JOBS
 
-"$python" experiments/matrix_factorization.py --multirun \
-  hydra/launcher=joblib hydra.launcher.n_jobs="$jobs" runtime.runs_dir="$runs" \
-  method=opmf,mf,mf_matched,mf_mlp_start,mf_matched_mlp_start optimizer=adam,momentum,sgd
+render() { "$PYTHON" scripts/report.py "$runs" --out "$report" || status=1; }
 
-"$python" scripts/report.py "$runs" --out "$report"
+factorize() { multirun matrix_factorization runtime.runs_dir="$runs" "$@"; }
+
+small() { # EXPERIMENT [BASE_MODEL OVERRIDES…]
+  local experiment=$1 base=${2:-} rates
+  shift $(($# > 1 ? 2 : 1))
+  if [ -n "$base" ] && [ ! -e "results/base_models/$base" ]; then
+    echo "skipping $experiment: make its base model with python scripts/pretrain_$base.py"
+    return
+  fi
+  if ! rates=$("$PYTHON" scripts/rates.py "$experiment" lora oplora); then
+    echo "skipping $experiment: see above"
+    return
+  fi
+  # one run at a time on all cores
+  SEEDS=0 JOBS=1 scripts/sweep_seeds.sh "$experiment" $rates runtime.runs_dir="$runs" \
+    runtime.threads="$JOBS" "$@" || status=1
+}
+
+factorize method=opmf,mf optimizer=sgd # the first figure, in about a minute
+render
+factorize method=opmf,mf,mf_matched,mf_mlp_start,mf_matched_mlp_start optimizer=adam,momentum,sgd
+small vl_bart tiny_vl_bart
+small sdxl tiny_sdxl dataset=fluent
+small llava_cars tiny_llava
+small commonsense
+render
+exit $status

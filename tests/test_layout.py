@@ -10,7 +10,19 @@ from hydra import compose, initialize_config_dir
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "oplora").rglob("*.py"))
 # Later layers may import earlier ones, never the other way round.
-CORE = ["mlp", "rank1", "checks", "stack", "optimizer", "adamw", "peft", "trainer"]
+CORE = [
+    "mlp",
+    "rank1",
+    "checks",
+    "shards",
+    "stack",
+    "blocks",
+    "optimizer",
+    "adamw",
+    "peft",
+    "lite",
+    "trainer",
+]
 EXPERIMENTS = [p.stem for p in (ROOT / "experiments").glob("*.py")]
 
 
@@ -70,7 +82,8 @@ def tracked() -> list[Path]:
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split()
     paths = [ROOT / name for name in names] if names else list(ROOT.rglob("*.*"))
-    return [p for p in paths if p.suffix in (".py", ".md", ".yaml", ".yml", ".toml", ".sh")]
+    kinds = (".py", ".md", ".yaml", ".yml", ".toml", ".sh")
+    return [p for p in paths if p.suffix in kinds and p.exists()]
 
 
 def test_no_registry_host_and_no_unsafe_loading():

@@ -171,8 +171,12 @@ def test_fp32_rank1_update_is_bit_identical_to_fused_adamw(weight_decay, monkeyp
         data, lr=0.1, weight_decay=weight_decay, mlp_width=WIDTH, z_dim=8, start=starts("paper")
     )
     (stack,) = ours.stacks
-    by_unit = [torch.empty_like(W2).index_copy_(0, o, W2) for W2, o in zip(stack.W2, stack.order)]
-    expected = [torch.nn.Parameter(W2) for W2 in by_unit]
+
+    def by_unit(i):
+        state = stack.state(i)  # with the rows that are drawn again when they are needed
+        return torch.empty_like(state["W2"]).index_copy_(0, state["order"], state["W2"])
+
+    expected = [torch.nn.Parameter(by_unit(i)) for i in range(len(data))]
     fused = torch.optim.AdamW(expected, lr=0.1, weight_decay=weight_decay, fused=True)
     first = list(stack.active)
     for _ in range(25):
@@ -182,10 +186,12 @@ def test_fp32_rank1_update_is_bit_identical_to_fused_adamw(weight_decay, monkeyp
             W2.grad = torch.outer(h, g)
         fused.step()
         ours.step()
-        for W2, order, want in zip(stack.W2, stack.order, expected):
-            assert torch.equal(torch.empty_like(W2).index_copy_(0, order, W2), want)
+        for i, want in enumerate(expected):
+            assert torch.equal(by_unit(i), want)
     assert stack.active != first, "units were to become active on the way"
     assert max(stack.active) < WIDTH, "and some never"
+    assert [len(W2) for W2 in stack.W2] == stack.active, "only active rows take memory"
+    assert all((rest is None) == (weight_decay == 0) for rest in stack.rest)
 
 
 def test_public_operations_equal_the_fused_kernel():

@@ -1,14 +1,15 @@
 """The report: rules of the verdicts, tables and pages, from stored runs alone."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pandas
 import pytest
-import yaml
+from stored_runs import store_mf as store
 
 from oplora import report
 from oplora.report.mf import study
@@ -16,40 +17,6 @@ from oplora.report.mf.claims import claims
 from oplora.report.page import Section, Table, markdown_table, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
-RATES = [0.01, 0.1, 1.0, 10.0, 100.0]
-SVD = 0.06
-
-
-def store(folder, method, finals, optimizer="sgd", **environment):
-    """A run with one final error per rate (None: diverged) at three seeds, and plain curves."""
-    path = folder / f"{method}-{optimizer}"
-    path.mkdir(parents=True)
-    problem = dict(rows=100, columns=100, rank=8, condition_number=None, loss="mse", steps=1000)
-    config = {
-        "experiment": "matrix_factorization",
-        "preset": "paper",
-        "method": {"name": method},
-        "optimizer": {"name": optimizer},
-        "problem": {**problem, "log_every": 10},
-        "rates": RATES,
-    }
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-    (path / "environment.json").write_text(json.dumps({"cpu": "test", **environment}))
-    metrics = {
-        "final_mse": [[f, f, f] for f in finals],
-        "diverged": [[f is None] * 3 for f in finals],
-        "svd_mse": [SVD] * 3,
-        "svd_effective_rank": [4.5] * 3,
-        "trained_parameters": 1600,
-    }
-    time = numpy.linspace(0, 1, 101)
-    mse = numpy.array(
-        [[(f or numpy.nan) + 0.3 * (1 - time) ** 9 for _ in range(3)] for f in finals]
-    )
-    curves = {name: mse for name in ("mse", "gradient_norm", "gradient_cosine", "effective_rank")}
-    numpy.savez(path / "curves.npz", **curves, step_multiplier=mse + 1, hidden_l1=mse)
-    (path / "metrics.json").write_text(json.dumps(metrics))
-    return path
 
 
 @pytest.fixture
@@ -111,24 +78,42 @@ def test_rendering_twice_gives_the_same_bytes(stored, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
-def test_unfinished_dirty_and_duplicate_runs_are_named(stored, tmp_path):
-    store(stored / "again", "mf", [0.3, 0.08, 0.08, 0.0601, None])
-    dirty = store(stored, "mf_matched", [0.2] * 5, dirty=True)
-    (store(stored, "mf_mlp_start", [0.2] * 5) / "metrics.json").unlink()
-    report.render(stored, tmp_path / "out")
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "mf_mlp_start-sgd: not finished" in text
-    assert f"{dirty.name}: run from code with uncommitted changes" in text
-    assert "again/mf-sgd: the same config as mf-sgd" in text or "mf-sgd: the same config" in text
-
-
 def test_pages_escape_and_show_missing_values_as_dashes(tmp_path):
     rows = pandas.DataFrame({"method": ["a|<b>", "c"], "mse": [0.5, None]})
     out = write_report("T & T", [Section("S", ["text <i>", Table("t", "cap", rows)])], tmp_path)
     page = out.read_text()
-    assert "T &amp; T" in page and "text &lt;i&gt;" in page and "<td>—</td>" in page
+    assert "T &amp; T" in page and "text &lt;i&gt;" in page and ">—</td>" in page
     assert markdown_table(rows).splitlines()[2:] == ["| a\\|<b> | 0.5 |", "| c | — |"]
     assert "http" not in page, "the page must be self-contained"
+
+
+PROBE = """<iframe src="out/index.html" width="390" height="800"></iframe><pre></pre><script>
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+  document.querySelector("pre").textContent = JSON.stringify({
+    overflow: root.scrollWidth - root.clientWidth,
+    pictures: [...page.images].map(i => i.naturalWidth > 0),
+    lost_links: [...page.links].filter(a => !page.getElementById(a.hash.slice(1))).length,
+    schemes: page.defaultView.getComputedStyle(root).getPropertyValue("color-scheme"),
+  });
+}
+</script>"""
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_the_page_in_a_browser_of_a_phones_width(stored, tmp_path):
+    report.render(stored, tmp_path / "out")
+    (tmp_path / "probe.html").write_text(PROBE)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    flags += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"]
+    command = [BROWSER, *flags, f"--user-data-dir={tmp_path}/profile", f"{tmp_path}/probe.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    seen = json.loads(re.search(r"<pre>(.*?)</pre>", done.stdout)[1])
+    assert seen["overflow"] == 0 and seen["lost_links"] == 0
+    assert len(seen["pictures"]) > 3 and all(seen["pictures"])
+    assert seen["schemes"] == "light dark"
+    assert "CONSOLE" not in done.stderr
 
 
 def test_the_script_ends_with_a_clear_error(tmp_path):

@@ -1,41 +1,12 @@
 """The commonsense part of the report: choice of rates, intervals, paired differences."""
 
-import json
-
 import pandas
 import pytest
-import yaml
+from stored_runs import store_commonsense as store
 
 from oplora import report
 from oplora.report import commonsense
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
-
-
-def store(folder, method, lr, seed, validation, nll=None, preset="small", dtype="float32"):
-    path = folder / f"{preset}-{dtype}-{method}-{lr}-{seed}-{nll is not None}"
-    path.mkdir(parents=True)
-    config = {
-        "experiment": "commonsense", "preset": preset, "method": {"name": method}, "lr": lr,
-        "seed": seed, "model": {"dtype": dtype}, "score_test": nll is not None,
-    }  # fmt: skip
-    metrics = {
-        "validation_nll": validation, "validation_loss": [[10, 4.0], [20, validation]],
-        "trained_parameters": 10, "adapter_parameters": 10, "train_seconds": 5.0,
-        "peak_memory_bytes": 2_000_000_000,
-    }  # fmt: skip
-    if nll is not None:
-        metrics |= {"held_out_nll": nll, "accuracy": 0.5, "accuracy_piqa": 0.5}
-        rows = [
-            {"id": f"i{k}", "task": "piqa", "answer": 0, "correct": k % 2 == 0,
-             "logprobs": [-nll * (k + 1), -9.0], "tokens": [k + 1, 2]}
-            for k in range(4)
-        ]  # fmt: skip
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (path / "predictions.jsonl").write_text(text)
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-    (path / "environment.json").write_text("{}")
-    (path / "metrics.json").write_text(json.dumps(metrics))
-    return path
 
 
 @pytest.fixture

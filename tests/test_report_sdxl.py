@@ -4,42 +4,10 @@ import json
 
 import pandas
 import pytest
-import yaml
-from PIL import Image
+from stored_runs import distance
+from stored_runs import store_sdxl as store
 
 from oplora import report
-
-
-def distance(value):
-    return {"mmd": value, "mmd_low": value - 0.1, "mmd_high": value + 0.1}
-
-
-def store(folder, method, lr, seed, loss, value=None, rank=4, dataset="fluent", fine_tune=True):
-    path = folder / f"{dataset}-{method}-{rank}-{lr}-{seed}-{value is not None}-{fine_tune}"
-    path.mkdir(parents=True)
-    config = {
-        "experiment": "sdxl", "preset": "small", "method": {"name": method}, "lr": lr,
-        "seed": seed, "rank": rank, "dataset": {"name": dataset}, "distance": {"name": "mmd"},
-        "fine_tune": fine_tune, "measure": value is not None,
-    }  # fmt: skip
-    metrics = {}
-    if fine_tune:
-        metrics |= {
-            "validation_loss": [[10, 1.0], [20, loss]], "trained_parameters": 10 * rank,
-            "adapter_parameters": rank, "train_seconds": 5.0, "peak_memory_bytes": 2_000_000_000,
-        }  # fmt: skip
-    if value is not None:
-        metrics |= {"images": distance(value), "captions": ["a cat"]}
-        metrics |= {"snapshots": {"100": distance(value), "50": distance(value + 1)}}
-        for name in ("samples", "reference"):
-            Image.new("RGB", (8, 8)).save(path / f"{name}.png")
-    if not fine_tune:
-        own = {"floor": 0.02, "gap": distance(0.5), "base": distance(0.3)}
-        metrics["yardsticks"] = own
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-    (path / "environment.json").write_text("{}")
-    (path / "metrics.json").write_text(json.dumps(metrics))
-    return path
 
 
 @pytest.fixture

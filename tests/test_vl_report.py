@@ -1,46 +1,12 @@
 """The VL-BART part of the report: choice of rates, usual widths, the width sweep."""
 
-import json
-
 import pandas
 import pytest
-import yaml
+from stored_runs import store_vl_bart as store
 
 from oplora.report import vl_bart
 from oplora.report.page import write_report
 from oplora.runs import load_runs
-
-USUAL = {"default": 32, "opdora": 4}
-
-
-def store(folder, method, lr, seed, loss, accuracy=None, width=None, preset="small"):
-    """A run whose three accuracies are `accuracy`, on two items a task."""
-    width = width or USUAL.get(method, 32)
-    path = folder / f"{preset}-{method}-{lr}-{seed}-{width}-{accuracy is not None}"
-    path.mkdir(parents=True)
-    config = {
-        "experiment": "vl_bart", "preset": preset, "method": {"name": method}, "lr": lr,
-        "seed": seed, "mlp_width": width, "widths": USUAL, "score_test": accuracy is not None,
-    }  # fmt: skip
-    epochs = [[0, {vl_bart.MAIN: 0.25}], [1, {vl_bart.MAIN: 0.5 + seed / 100}]]
-    metrics = {
-        "validation_loss": [[5, 1.0], [10, loss]], "epochs": epochs, "adapter_parameters": 10,
-        "mlp_parameters": 320 * method.startswith("op"), "trained_parameters": 50,
-        "train_seconds": 5.0, "peak_memory_bytes": 2_000_000_000,
-    }  # fmt: skip
-    if accuracy is not None:
-        names = ("vqa_accuracy", "gqa_accuracy", "nlvr_accuracy", vl_bart.MAIN)
-        metrics |= dict.fromkeys(names, accuracy)
-        metrics |= {"cider": 1.2, "average": (3 * accuracy + 1.2) / 4}
-        rows = [
-            {"id": f"{task}/{n}", "task": task, "prediction": "x", "score": accuracy}
-            for task in ("vqa", "gqa", "nlvr") for n in range(2)
-        ] + [{"id": "caption/0", "task": "caption", "prediction": "a circle"}]  # fmt: skip
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (path / "predictions.jsonl").write_text(text)
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-    (path / "environment.json").write_text("{}")
-    (path / "metrics.json").write_text(json.dumps(metrics))
 
 
 @pytest.fixture
@@ -76,7 +42,7 @@ def test_every_method_is_scored_at_its_own_best_rate_and_usual_width(runs, tmp_p
     paired = table("vl_bart_small_paired").set_index("method")
     assert list(paired.index) == ["OP-DoRA"] and paired.loc["OP-DoRA", "items"] == 6
     assert paired.loc["OP-DoRA", "all three"] == "+8.0 [+8.0, +8.0]" == paired.loc["OP-DoRA", "gqa"]
-    assert (tmp_path / "figures/vl_bart_small_epochs.png").exists()
+    assert (tmp_path / "figures/vl_bart_small_curves.png").exists()
 
 
 def test_a_diverged_run_is_in_the_sweep_and_nowhere_else(runs, tmp_path):

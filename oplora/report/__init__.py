@@ -3,16 +3,18 @@
 import re
 from pathlib import Path
 
-import matplotlib
 import pandas
 import yaml
 
-from oplora.report import commonsense, mf, sdxl, vl_bart
+from oplora.report import across, claims, commonsense, llava_cars, mf, provenance, sdxl, vl_bart
+from oplora.report.comparison import Comparison
 from oplora.report.page import Section, Table, write_report
-from oplora.runs import load_runs
+from oplora.runs import Record, load_runs
 
-matplotlib.use("Agg")
 DEVIATIONS = Path(__file__).resolve().parents[2] / "results" / "paper" / "deviations.yaml"
+
+
+PARTS = (mf, sdxl, vl_bart, llava_cars, commonsense)  # section(records), comparisons(records)
 
 
 def build(runs_dir: Path) -> list[Section]:
@@ -20,11 +22,25 @@ def build(runs_dir: Path) -> list[Section]:
     if not runs_dir.is_dir():
         raise ValueError(f"{runs_dir} is no folder: give the folder that holds the runs")
     records, problems = load_runs(runs_dir)
-    parts = [part.section(records) for part in (mf, sdxl, vl_bart, commonsense)]
-    sections = [part for part in parts if part is not None]
+    records = provenance.noted(records)
+    sections = [found for part in PARTS if (found := part.section(records)) is not None]
     if not sections:
         raise ValueError(f"no finished run below {runs_dir}: run `make reproduce` first")
-    return [*sections, deviations(), provenance(records, problems)]
+    compared = comparisons(records)
+    studies = mf.studies(records)
+    return [
+        claims.section(compared, mf.complete(studies)),
+        across.section(compared, studies),
+        *sections,
+        deviations(),
+        provenance.section(runs_dir, records, problems),
+    ]
+
+
+def comparisons(records: list[Record]) -> list[Comparison]:
+    """Of all fine-tuning experiments."""
+    parts = [part for part in PARTS if hasattr(part, "comparisons")]
+    return [c for part in parts for c in part.comparisons(records)]
 
 
 def render(runs_dir: Path, out: Path) -> Path:
@@ -53,18 +69,3 @@ def deviations() -> Section:
     caption = "Each choice is a default in configs/; the switch is an override of any command."
     table = Table("deviations", caption, rows, text=True)
     return Section("Where the paper contradicts itself or is silent", [table])
-
-
-def provenance(records, problems: list[str]) -> Section:
-    """Where the numbers come from: hardware, versions, revisions, and what was left out."""
-    cpus = sorted({str(r.environment.get("gpu") or r.environment.get("cpu")) for r in records})
-    versions = sorted({str(r.environment.get("versions", {}).get("torch")) for r in records})
-    revisions = sorted({str(r.environment.get("revision"))[:10] for r in records})
-    return Section(
-        "Where the numbers come from",
-        [
-            f"{len(records)} finished runs on {', '.join(cpus)}; torch {', '.join(versions)}; "
-            f"code revision {', '.join(revisions)}.",
-            "Left out or to be noted: " + ("; ".join(problems) if problems else "nothing") + ".",
-        ],
-    )

@@ -4,37 +4,66 @@ import json
 
 import pandas
 
+from oplora.report.comparison import Comparison, usual
 from oplora.report.methods import (
-    NAMES,
+    CONTROLS,
     by_method,
-    chosen_rates,
+    cited_scores,
     cited_table,
     cost_cells,
     curves,
-    rate_table,
-    rates_of,
-    sensitivity,
+    label,
+    name_of,
+    rate_parts,
 )
 from oplora.report.page import Section, Statement, Table
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
 from oplora.runs import Record
 
-SCALES = {
-    "small": "SmolLM2-135M (small preset)",
-    "paper": "LLaMA-7B (paper preset)",
-}
+NLL = "held-out nats per token"
 
 
 def section(records: list[Record]) -> Section | None:
     """One part per preset; scales are never mixed. None where nothing was run."""
-    mine = [r for r in records if r.config["experiment"] == "commonsense"]
-    if not mine:
+    compared = [c for c in comparisons(records) if c.metric == NLL]
+    if not compared:
         return None
-    result = Section("Commonsense reasoning (Table 2)")
-    result.parts.append(cited())
-    for scale in sorted({_scale(r) for r in mine}):
-        result.parts += _parts(scale, [r for r in mine if _scale(r) == scale])
-    return result
+    parts = [part for c in compared for part in _parts(c)]
+    return Section("Commonsense reasoning (Table 2)", [cited(), *parts])
+
+
+def comparisons(records: list[Record]) -> list[Comparison]:
+    """For each preset and type of the base weights: the paper's accuracy, and the finer NLL."""
+    mine = [r for r in records if r.config["experiment"] == "commonsense"]
+    found = []
+    scales = sorted({_scale(r) for r in mine})
+    for preset, dtype in scales:
+        every = [r for r in mine if _scale(r) == (preset, dtype)]
+        shared = dict(
+            experiment="commonsense",
+            preset=preset,
+            name=f"commonsense_{preset}_{dtype}",
+            records=[r for r in every if usual(r, every)],
+            every=every,
+            loss=lambda r: r.metrics.get("validation_nll"),
+            variant=f"{dtype} weights" if len([s for s in scales if s[0] == preset]) > 1 else "",
+        )
+        found += [
+            Comparison(
+                **shared,
+                score=lambda r: 100 * r.metrics["accuracy"] if "accuracy" in r.metrics else None,
+                metric="points of accuracy",
+                cited=cited_scores("table2.yaml", "average"),
+            ),
+            Comparison(
+                **shared,
+                score=lambda r: r.metrics.get("held_out_nll"),
+                metric=NLL,
+                higher=False,
+                digits=3,
+            ),
+        ]
+    return found
 
 
 def _scale(record: Record) -> tuple[str, str]:
@@ -47,29 +76,15 @@ def cited() -> Table:
     return cited_table("commonsense_paper", "table2.yaml")
 
 
-def _parts(key: tuple[str, str], records: list[Record]) -> list:
-    preset, dtype = key
-    name = f"commonsense_{preset}_{dtype}"
-    scale = f"{SCALES[preset]}, base weights in {dtype}"
-    sweep = rates_of(records, lambda r: r.metrics.get("validation_nll"))
-    chosen = chosen_rates(sweep)
-    final = [
-        r for r in records
-        if "accuracy" in r.metrics and r.config["lr"] == chosen[r.config["method"]["name"]]
-    ]  # fmt: skip
+def _parts(c: Comparison) -> list:
+    name, scale = c.name, c.scope
+    final = [r for runs in c.at_best.values() for r in runs if "accuracy" in r.metrics]
+    caption = f"Validation NLL after training, nats per token, by learning rate; {scale}."
     parts: list = [
         f"{scale}. The learning rate of every method is the one with the lowest validation NLL of "
         "the same grid (mean over seeds); the test set is scored at that rate only.",
-        sensitivity(
-            f"{name}_rates",
-            f"Validation loss after training against the learning rate; {scale}.",
-            sweep,
-            "validation NLL, nats per token",
-            margin=(0.05, 0.8),
-        ),
-        Table(f"{name}_rates", f"Validation NLL by learning rate; {scale}.",
-              rate_table(sweep, chosen)),
-    ]  # fmt: skip
+        *rate_parts(f"{name}_rates", caption, c.sweep, "validation NLL", margin=(0.05, 0.8)),
+    ]
     if final:
         parts += [
             Table(name, f"{scale}: test set, mean ± 95% interval (seeds). "
@@ -87,7 +102,7 @@ def _parts(key: tuple[str, str], records: list[Record]) -> list:
                 "validation loss",
             ),
         ]  # fmt: skip
-        statement = beyond(final, chosen)
+        statement = beyond(final, c.chosen)
         if statement:
             parts.append(Statement(f"{name}_beyond", statement))
     return parts
@@ -97,7 +112,7 @@ def results(final: list[Record]) -> pandas.DataFrame:
     rows = []
     tasks = [k for k in final[0].metrics if k.startswith("accuracy_")]
     for method, runs in by_method(final).items():
-        row = {"method": NAMES[method], "rate": f"{runs[0].config['lr']:g}"}
+        row = {"method": label(method, runs), "rate": f"{runs[0].config['lr']:g}"}
         row["held-out NLL"] = shown([r.metrics["held_out_nll"] for r in runs], 3)
         row["average"] = shown([r.metrics["accuracy"] for r in runs], 1, 100)
         for task in tasks:
@@ -136,7 +151,7 @@ def paired(final: list[Record]) -> pandas.DataFrame:
     for method, runs in methods.items():
         items = differences(runs, methods.get("lora", []))
         if method != "lora" and len(items):
-            row = {"method": NAMES[method], "items": len(items), "NLL": None}
+            row = {"method": name_of(method), "items": len(items), "NLL": None}
             if "nll" in items:
                 row["NLL"] = _signed(paired_bootstrap(items["nll"], items["tokens"]), 3)
             row["accuracy"] = _signed(paired_bootstrap(items["accuracy"] * 100), 1)
@@ -153,20 +168,20 @@ def beyond(final: list[Record], chosen: dict) -> str | None:
     methods = by_method(final)
     if not {"lora", "oplora"} <= set(methods):
         return None
-    nll = {m: [r.metrics["held_out_nll"] for r in runs] for m, runs in methods.items()}
-    texts = [f"{NAMES[m]} {shown(nll[m], 3)} at rate {chosen[m]:g}" for m in nll if "dora" not in m]
-    plain = [m for m in nll if m.startswith("lora")]
-    best = min(plain, key=lambda m: mean_interval(nll[m])[0])
+    shown_methods = [m for m in ("lora", "oplora", *CONTROLS) if m in methods]
+    nll = {m: [r.metrics["held_out_nll"] for r in methods[m]] for m in shown_methods}
+    texts = [f"{name_of(m)} {shown(nll[m], 3)} at rate {chosen[m]:g}" for m in nll]
+    best = min((m for m in nll if m != "oplora"), key=lambda m: mean_interval(nll[m])[0])
     sentences = [f"Held-out NLL, each at its own best rate: {'; '.join(texts)}."]
-    labels = {best: "The best of LoRA and its controls is"}
-    labels |= {"lora_matched_mlp_start": "The control with OP-LoRA's step sizes and first A is"}
-    for method, label in labels.items():
+    rivals = {best: "The best of LoRA and its controls is"}
+    rivals |= {"lora_matched_mlp_start": "The control with OP-LoRA's step sizes and first A is"}
+    for method, which in rivals.items():
         if method in methods:
             items = differences(methods["oplora"], methods[method])
             value, low, high = paired_bootstrap(items["nll"], items["tokens"])
             verdict = "better" if high < 0 else "worse" if low > 0 else "neither better nor worse"
             sentences.append(
-                f"{label} {NAMES[method]}: OP-LoRA is {verdict}, "
+                f"{which} {name_of(method)}: OP-LoRA is {verdict}, "
                 f"{_signed((value, low, high), 3)} nats per token (paired over items)."
             )
     return "Beyond step size and start. " + " ".join(sentences)

@@ -1,10 +1,11 @@
 """Fine-tuning methods beside one another: one experiment at one scale, each at its best rate."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from oplora.report.methods import NAMES, Sweep, by_method, chosen_rates, rates_of, trained
+from oplora.report.methods import Sweep, by_method, chosen_rates, rates_of, trained
 from oplora.report.statistics import mean_interval
 from oplora.runs import Record
 
@@ -32,8 +33,11 @@ class Comparison:
     loss: Callable[[Record], float | None]
     score: Callable[[Record], float | None]
     metric: str
+    digits: int = 1
     higher: bool = True  # is a higher score better?
+    every: list[Record] | None = None  # with those of other ranks and widths, if there are any
     swept: list[Record] | None = None
+    swept_elsewhere: bool = False  # were the rates chosen on another data set?
     variant: str = ""  # what tells it from others of its experiment and preset
     cited: dict[str, float] = field(default_factory=dict)  # method → the paper's score
 
@@ -46,6 +50,11 @@ class Comparison:
     def sweep(self) -> Sweep:
         return rates_of(self.records if self.swept is None else self.swept, self.loss)
 
+    @property
+    def own_sweep(self) -> bool:
+        """Is there a sweep of learning rates, and was it made on this data?"""
+        return bool(self.sweep) and not self.swept_elsewhere
+
     @cached_property
     def chosen(self) -> dict[str, float]:
         """The learning rate of every method, by validation."""
@@ -53,18 +62,51 @@ class Comparison:
 
     @cached_property
     def at_best(self) -> dict[str, list[Record]]:
-        """The runs of every method at its chosen rate; where there was no sweep, at any."""
-        return by_method(
-            [
-                r for r in trained(self.records)
-                if self.chosen.get(r.config["method"]["name"], r.config["lr"]) == r.config["lr"]
-            ]
-        )  # fmt: skip
+        """The runs of every method at its chosen rate; where there was no sweep, at any.
+
+        Runs of the sweep, which have no score, stand in only where a method has no others.
+        """
+        at = [
+            r for r in trained(self.records)
+            if self.chosen.get(r.config["method"]["name"], r.config["lr"]) == r.config["lr"]
+        ]  # fmt: skip
+        return {
+            method: [r for r in runs if self.score(r) is not None] or runs
+            for method, runs in by_method(at).items()
+        }
 
     def scores(self, method: str) -> dict[int, float]:
         """Seed → score of a method at its chosen rate."""
         runs = self.at_best.get(method, [])
         return {r.config["seed"]: s for r in runs if (s := self.score(r)) is not None}
+
+    def records_of(self, method: str) -> list[Record]:
+        """All runs of a method that did not diverge."""
+        return [r for r in trained(self.records) if r.config["method"]["name"] == method]
+
+    @property
+    def rank(self) -> int:
+        return (self.records or self.swept)[0].config["rank"]
+
+    def scores_at(self, method: str, **options) -> dict[int, float]:
+        """Seed → score at the chosen rate, with another rank or mlp_width."""
+        wanted = {"lr": self.chosen.get(method), **options}
+        return {
+            r.config["seed"]: s
+            for r in trained(self.every or self.records)
+            if r.config["method"]["name"] == method
+            and all(r.config[key] == value for key, value in wanted.items() if value is not None)
+            and (s := self.score(r)) is not None
+        }
+
+    def by_width(self, method: str) -> dict[int, dict[int, float]]:
+        """Width of the MLP → seed → score, at the rate chosen for the usual width."""
+        runs = [r for r in self.every or self.records if r.config["method"]["name"] == method]
+        scores = {
+            width: self.scores_at(method, rank=self.rank, mlp_width=width)
+            for width in sorted({r.config["mlp_width"] for r in runs})
+        }
+        return {width: by_seed for width, by_seed in scores.items() if by_seed}
 
     def advantage(self, method: str, base: str) -> list[float]:
         """By how much a method is better than another, for every seed that both have."""
@@ -77,15 +119,20 @@ class Comparison:
         return {rate: mean_interval(v)[0] for rate, v in self.sweep.get(method, {}).items()}
 
     def command(self, *methods: str) -> str:
-        return command(self.experiment, self.preset, *methods)
+        return command(self.experiment, self.preset, methods, self.chosen)
 
 
-def command(experiment: str, preset: str, *methods: str) -> str:
-    """What makes the runs that are missing; the rates are those that the sweep found best."""
-    return (
-        f"python experiments/{experiment}.py --multirun preset={preset} "
-        f"method={','.join(methods)} seed=0,1,2"
-    )
+def command(
+    experiment: str, preset: str, methods: Sequence[str], chosen: Mapping[str, float] | None = None
+) -> str:
+    """What makes the runs that are missing: a sweep of rates, then seeds at the chosen ones."""
+    scale = "" if preset == "small" else f" preset={preset}"
+    rates = {method: (chosen or {}).get(method) for method in methods}
+    unknown = [method for method, rate in rates.items() if rate is None]
+    if unknown:
+        return f"scripts/sweep_learning_rates.sh {experiment}{scale} method={','.join(unknown)}"
+    at = " ".join(f"{method}={rate:g}" for method, rate in rates.items())
+    return f"scripts/sweep_seeds.sh {experiment} {at}{scale}"
 
 
 @dataclass(frozen=True)
@@ -110,8 +157,11 @@ class GoodRates:
     def __str__(self) -> str:
         if not self.rates:
             return "none"
+        if len(self.grid) == 1:
+            return f"{self.grid[0]:g}, the only one"
         bound = "≥ " if self.open else ""
-        return f"{self.rates[0]:g} to {self.rates[-1]:g} ({bound}×{self.factor:.3g})"
+        factor = float(f"{self.factor:.2g}")
+        return f"{self.rates[0]:g} to {self.rates[-1]:g} ({bound}×{factor:g})"
 
 
 def good_rates(losses: dict[float, float], best: float | None = None) -> GoodRates:
@@ -129,6 +179,24 @@ def good_rates(losses: dict[float, float], best: float | None = None) -> GoodRat
     return GoodRates(grid[start : stop + 1], grid)
 
 
-def label(method: str, runs: list[Record]) -> str:
-    """The method's name; † where a run is noted: uncommitted code, other library versions."""
-    return NAMES[method] + ("†" if any(r.environment.get("note") for r in runs) else "")
+def main_rank(records: list[Record]) -> int | None:
+    """The rank at which most methods were run."""
+    methods: dict[int, set[str]] = {}
+    for r in records:
+        methods.setdefault(r.config["rank"], set()).add(r.config["method"]["name"])
+    return max(methods, key=lambda rank: len(methods[rank]), default=None)
+
+
+def usual(record: Record, records: list[Record]) -> bool:
+    """Is a run of the rank at which most of these were run, and of its method's usual width?
+
+    The usual width is the config's for the method (`widths`), else the one that most runs have.
+    """
+    if record.config["rank"] != main_rank(records):
+        return False
+    widths = record.config.get("widths")
+    name = record.config["method"]["name"]
+    if widths is not None:
+        return record.config["mlp_width"] == widths.get(name, widths["default"])
+    every = [r.config["mlp_width"] for r in records if r.config["method"]["name"] == name]
+    return record.config["mlp_width"] == Counter(every).most_common(1)[0][0]

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy
@@ -22,12 +22,26 @@ NAMES = {
     "opdora": "OP-DoRA",
     "loraplus": "LoRA+",
     "pissa": "PiSSA",
+    "lora_pro": "LoRA-Pro",
+    "lora_rite": "LoRA-RITE",
     "lora_matched": "LoRA, OP's step sizes",
     "lora_mlp_start": "LoRA, OP's first A",
     "lora_matched_mlp_start": "LoRA, both",
 }
+CONTROLS = ("lora_matched", "lora_mlp_start", "lora_matched_mlp_start")
 PAPER = Path(__file__).resolve().parents[2] / "results" / "paper"
 Sweep = dict[str, dict[float, list[float]]]  # method → learning rate → one value per seed
+
+
+def cited_scores(file: str, column: str | None = None) -> dict[str, float]:
+    """Method → the paper's number in a column, or the mean of all columns; means of seeds."""
+    table = yaml.safe_load((PAPER / file).read_text(encoding="utf-8"))
+    at = [table["columns"].index(column)] if column else range(len(table["columns"]))
+    rows = {name.removesuffix(" (mean of 3)"): values for name, values in table["rows"].items()}
+    return {
+        name.lower().replace("-", ""): sum(values[i] for i in at) / len(at)
+        for name, values in rows.items()
+    }
 
 
 def cited_table(name: str, file: str) -> Table:
@@ -38,12 +52,28 @@ def cited_table(name: str, file: str) -> Table:
     return Table(name, f"Cited: {table['source']}.", pandas.DataFrame(rows))
 
 
+def name_of(method: str) -> str:
+    """As the tables call it; a method that is new here by the name in its YAML."""
+    return NAMES.get(method, method)
+
+
+def label(method: str, runs: list[Record]) -> str:
+    """The method's name, with † where a run is noted (see report.provenance)."""
+    return name_of(method) + ("†" if any("note" in r.environment for r in runs) else "")
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """As the tables show them: the paper's first, then others by name."""
+    order = {method: place for place, method in enumerate(NAMES)}
+    return sorted(set(methods), key=lambda method: (order.get(method, len(order)), method))
+
+
 def by_method(records: list[Record]) -> dict[str, list[Record]]:
     """Runs of every method, in the order in which the tables show them."""
-    groups = {
-        method: [r for r in records if r.config["method"]["name"] == method] for method in NAMES
-    }
-    return {method: runs for method, runs in groups.items() if runs}
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for r in records:
+        groups[r.config["method"]["name"]].append(r)
+    return {method: groups[method] for method in in_order(groups)}
 
 
 def trained(records: list[Record]) -> list[Record]:
@@ -63,14 +93,12 @@ def rates_of(records: list[Record], value: Callable[[Record], float | None]) -> 
         if number is not None:
             found[r.config["method"]["name"]][r.config["lr"]][r.config["seed"]] = number
     sweep = {}
-    for method in NAMES:
-        if rates := found.get(method):
-            shared = set.intersection(*(set(by_seed) for by_seed in rates.values()))
-            if not shared:
-                raise ValueError(f"{method}: its learning rates have no seed in common")
-            sweep[method] = {
-                lr: [rates[lr][seed] for seed in sorted(shared)] for lr in sorted(rates)
-            }
+    for method in in_order(found):
+        rates = found[method]
+        shared = set.intersection(*(set(by_seed) for by_seed in rates.values()))
+        if not shared:
+            raise ValueError(f"{method}: its learning rates have no seed in common")
+        sweep[method] = {lr: [rates[lr][seed] for seed in sorted(shared)] for lr in sorted(rates)}
     return sweep
 
 
@@ -93,7 +121,7 @@ def rate_table(sweep: Sweep, chosen: dict[str, float]) -> pandas.DataFrame:
     rates = sorted({rate for by_rate in sweep.values() for rate in by_rate})
     rows = []
     for method, by_rate in sweep.items():
-        row = {"method": NAMES[method]}
+        row = {"method": name_of(method)}
         for rate in rates:
             mean = mean_interval(by_rate[rate])[0] if rate in by_rate else None
             text = "diverged" if mean == math.inf else None if mean is None else f"{mean:.3f}"
@@ -103,6 +131,15 @@ def rate_table(sweep: Sweep, chosen: dict[str, float]) -> pandas.DataFrame:
             row[f"{rate:g}"] = text
         rows.append(row)
     return pandas.DataFrame(rows)
+
+
+def rate_parts(name: str, caption: str, sweep: Sweep, ylabel: str, **options) -> list:
+    """A sweep as a picture and as a table."""
+    return [
+        sensitivity(name, caption, sweep, ylabel, **options),
+        Table(name, f"{caption} The chosen rate has a star.",
+              rate_table(sweep, chosen_rates(sweep))),
+    ]  # fmt: skip
 
 
 def cost_cells(runs: list[Record]) -> dict[str, str | int | None]:
@@ -127,7 +164,7 @@ def sensitivity(
     for method, by_rate in sweep.items():
         means = [mean_interval(values)[0] for values in by_rate.values()]
         means = [mean if mean < math.inf else math.nan for mean in means]  # a gap in the line
-        axis.plot(list(by_rate), means, "o" + _line(method), ms=4, label=NAMES[method])
+        axis.plot(list(by_rate), means, "o" + _line(method), ms=4, label=name_of(method))
     if margin:
         best = min(min(map(min, by_rate.values())) for by_rate in sweep.values())
         axis.set_ylim(best - margin[0], best + margin[1])
@@ -154,7 +191,7 @@ def curves(
         if lines:
             xs = [x for x, _ in lines[0]]
             values = numpy.array([[y for _, y in line] for line in lines])
-            (drawn,) = axis.plot(xs, values.mean(0), _line(method), label=NAMES[method])
+            (drawn,) = axis.plot(xs, values.mean(0), _line(method), label=name_of(method))
             axis.fill_between(
                 xs, values.min(0), values.max(0), color=drawn.get_color(), alpha=0.15, lw=0
             )

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,17 +12,38 @@ from matplotlib.figure import Figure
 from oplora.runs import write_atomically
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
-h1, h2, h3 { line-height: 1.2; } h2 { border-bottom: 1px solid var(--line); margin-top: 2.5rem; }
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2a83; --part: #b803;
+  --bad: #c443; --link: light-dark(#0645ad, #8ab4f8); }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: auto; padding: 0 1rem 3rem;
+  overflow-wrap: break-word; }
+h1, h2 { line-height: 1.2; } h2 { border-bottom: 1px solid var(--line); margin-top: 2.5rem; }
+a { color: var(--link); }
+nav ul { columns: 18rem; padding-left: 1.2rem; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; max-height: 85vh; }
 table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; } thead th { background: var(--soft); }
-table.text th, table.text td { text-align: left; vertical-align: top; }
-figcaption, caption { font-size: .85rem; opacity: .8; text-align: left; } figure { margin: 1rem 0; }
+th:first-child, td:first-child { text-align: left; }
+table:not(.text) td:not(:first-child) { white-space: nowrap; }
+thead th { background: Canvas; position: sticky; top: 0; vertical-align: bottom; }
+table.text th, table.text td { text-align: left; vertical-align: top; min-width: 5rem; }
+td.holds { background: var(--good); } td.holds-in-a-range { background: var(--part); }
+td.does-not-hold { background: var(--bad); }
+p.caption { font-size: .85rem; opacity: .8; margin: 0 0 .3rem; }
+@media (max-width: 44rem) {  /* a row of sentences becomes a card */
+  .scroll:has(table.text) { max-height: none; }
+  table.text, table.text tbody, table.text tr, table.text td { display: block; }
+  table.text thead { display: none; }
+  table.text tr { border: 1px solid var(--line); border-radius: 4px; margin: .6rem 0; }
+  table.text td { border: 0; } table.text td:first-child { font-weight: bold; }
+  table.text td:not(:first-child)::before { content: attr(data-column) ": "; opacity: .7; }
+}
+figure { margin: 1.5rem 0; } figcaption { font-size: .85rem; opacity: .8; }
 """
+
+
+class Link(str):
+    """In a table's cell: the name of a picture of the same report."""
 
 
 @dataclass
@@ -56,13 +78,13 @@ class Section:
 
 
 def write_report(title: str, sections: list[Section], out: Path) -> Path:
-    """Write all forms below `out`; the path of index.html."""
+    """Write all forms below `out`; the path of index.html, which needs no other file."""
     for folder in ("figures", "tables"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    markdown, body = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
+    markdown, body = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>", _contents(sections)]
     for section in sections:
         markdown.append(f"## {section.title}")
-        body.append(f"<h2>{html.escape(section.title)}</h2>")
+        body.append(f'<h2 id="{_anchor(section)}">{html.escape(section.title)}</h2>')
         for part in section.parts:
             if isinstance(part, str | Statement):
                 text = part if isinstance(part, str) else part.text
@@ -91,9 +113,21 @@ def write_report(title: str, sections: list[Section], out: Path) -> Path:
     return out / "index.html"
 
 
+def _contents(sections: list[Section]) -> str:
+    items = "".join(
+        f'<li><a href="#{_anchor(section)}">{html.escape(section.title)}</a></li>'
+        for section in sections
+    )
+    return f"<nav><ul>{items}</ul></nav>"
+
+
+def _anchor(section: Section) -> str:
+    return re.sub(r"\W+", "-", section.title.lower()).strip("-")
+
+
 def markdown_table(rows: pandas.DataFrame) -> str:
     """A GitHub table; no dependency needed for it."""
-    cells = [[_cell(value).replace("|", "\\|") for value in row] for row in rows.to_numpy()]
+    cells = [[_markdown_cell(value) for value in row] for row in rows.to_numpy()]
     lines = [list(map(str, rows.columns)), ["---"] * len(rows.columns), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -102,12 +136,30 @@ def _cell(value) -> str:
     return "—" if value is None or value != value else str(value)
 
 
+def _markdown_cell(value) -> str:
+    text = _cell(value).replace("|", "\\|")
+    return f"[{text}](figures/{value}.png)" if isinstance(value, Link) else text
+
+
+def _html_cell(column: str, value) -> str:
+    text = html.escape(_cell(value))
+    style = f' class="{text.replace(" ", "-")}"' if column == "verdict" else ""
+    shown = f'<a href="#{text}">{text}</a>' if isinstance(value, Link) else text
+    return f'<td data-column="{html.escape(column)}"{style}>{shown}</td>'
+
+
 def _html_table(table: Table) -> str:
-    rows = table.rows.map(_cell)
-    inner = rows.to_html(index=False, border=0, classes="text" if table.text else None)
+    columns = [str(column) for column in table.rows.columns]
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "\n".join(
+        f"<tr>{''.join(map(_html_cell, columns, row))}</tr>" for row in table.rows.to_numpy()
+    )
+    style = ' class="text"' if table.text else ""
     return (
-        f'<div class="scroll">{inner}</div><p><small>{html.escape(table.caption)} '
-        f"(tables/{table.name}.csv)</small></p>"
+        f'<p class="caption" id="{table.name}">{html.escape(table.caption)} '
+        f"(tables/{table.name}.csv)</p>\n"
+        f'<div class="scroll" tabindex="0"><table{style}><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -115,7 +167,7 @@ def _html_figure(picture: Picture, png: Path) -> str:
     data = base64.b64encode(png.read_bytes()).decode()
     caption = html.escape(picture.caption)
     return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f'<figure id="{picture.name}"><img alt="{caption}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 

@@ -4,23 +4,23 @@ import matplotlib.image
 import pandas
 from matplotlib.figure import Figure
 
+from oplora.report.comparison import PLACES, Comparison, usual
 from oplora.report.methods import (
-    NAMES,
     by_method,
-    chosen_rates,
+    cited_scores,
     cited_table,
     cost_cells,
     curves,
     final_loss,
-    rate_table,
+    label,
+    name_of,
+    rate_parts,
     rates_of,
-    sensitivity,
+    trained,
 )
 from oplora.report.page import Picture, Section, Table
 from oplora.report.statistics import mean_interval, shown
 from oplora.runs import Record
-
-SCALES = {"small": "tiny SDXL (small preset)", "paper": "SDXL 1.0 (paper preset)"}
 
 
 def section(records: list[Record]) -> Section | None:
@@ -29,13 +29,50 @@ def section(records: list[Record]) -> Section | None:
     if not mine:
         return None
     result = Section("Text-to-image (Table 1)", [cited()])
+    compared = comparisons(records)
     for preset in sorted({r.config["preset"] for r in mine}):
         runs = [r for r in mine if r.config["preset"] == preset]
-        chosen, parts = rates(preset, [r for r in runs if r.config["fine_tune"]])
-        result.parts += parts
+        swept = [r for r in runs if _is_swept(r)]
+        if swept:
+            where = f"{', '.join(sorted({_dataset(r) for r in swept}))}; {PLACES['sdxl'][preset]}"
+            caption = f"Held-out denoising loss after training, by learning rate; {where}."
+            sweep, loss = rates_of(swept, final_loss), "held-out denoising loss"
+            result.parts += rate_parts(f"sdxl_{preset}_rates", caption, sweep, loss)
         for dataset in sorted({_dataset(r) for r in runs if "images" in r.metrics}):
-            result.parts += _parts(preset, dataset, runs, chosen)
+            measured = [r for r in runs if "images" in r.metrics and _dataset(r) == dataset]
+            own = [c for c in compared if (c.preset, c.variant) == (preset, dataset)]
+            result.parts += _parts(f"{dataset}, {PLACES['sdxl'][preset]}", measured, *own)
     return result
+
+
+def comparisons(records: list[Record]) -> list[Comparison]:
+    """One per preset and dataset; the rates were chosen on one dataset for all of them."""
+    tuned = [r for r in records if r.config["experiment"] == "sdxl" and r.config["fine_tune"]]
+    found = []
+    for preset, dataset in sorted({(r.config["preset"], _dataset(r)) for r in tuned}):
+        runs = [r for r in tuned if r.config["preset"] == preset]
+        swept = [r for r in runs if _is_swept(r)]
+        every = [r for r in runs if _dataset(r) == dataset and not _is_control(r)]
+        measured = [r for r in every if "images" in r.metrics] or every
+        found.append(
+            Comparison(
+                experiment="sdxl",
+                preset=preset,
+                name=f"sdxl_{preset}_{dataset}",
+                records=[r for r in measured if usual(r, measured)],
+                every=measured,
+                swept=swept,
+                swept_elsewhere=dataset not in {_dataset(r) for r in swept},
+                loss=final_loss,
+                score=lambda r: r.metrics["images"][_metric(r)] if "images" in r.metrics else None,
+                metric=_metric(every[0]),
+                digits=2,
+                higher=False,
+                variant=dataset,
+                cited=cited_scores("table1.yaml"),  # the mean of both sets
+            )
+        )
+    return found
 
 
 def cited() -> Table:
@@ -43,40 +80,17 @@ def cited() -> Table:
     return cited_table("sdxl_paper", "table1.yaml")
 
 
-def rates(preset: str, runs: list[Record]) -> tuple[dict[str, float], list]:
-    """The rates chosen by the held-out denoising loss (one dataset, the sweep's rank)."""
-    swept = [r for r in runs if not r.config["measure"]]
-    sweep = rates_of(swept, final_loss)
-    if not sweep:
-        return {}, []
-    chosen, name = chosen_rates(sweep), f"sdxl_{preset}_rates"
-    where = f"{', '.join(sorted({_dataset(r) for r in swept}))}; {SCALES[preset]}"
-    caption = f"Held-out denoising loss after training, by learning rate; {where}."
-    return chosen, [
-        sensitivity(name, caption, sweep, "held-out denoising loss"),
-        Table(name, f"{caption} The rate chosen for every dataset has a star.",
-              rate_table(sweep, chosen)),
-    ]  # fmt: skip
-
-
-def _parts(preset: str, dataset: str, records: list[Record], chosen: dict[str, float]) -> list:
-    scale, name = f"{dataset}, {SCALES[preset]}", f"sdxl_{preset}_{dataset}"
-    measured = [
-        r for r in records
-        if "images" in r.metrics
-        and (not r.config["fine_tune"] or _at(chosen, r))
-        and _dataset(r) == dataset
-    ]  # fmt: skip
+def _parts(scale: str, measured: list[Record], c: Comparison | None = None) -> list:
+    """measured: with the base model's and the control's runs, which are not compared."""
+    r = measured[0]
+    name = f"sdxl_{r.config['preset']}_{_dataset(r)}"
     base = [r for r in measured if not r.config["fine_tune"]]
-    tuned = [r for r in measured if r.config["fine_tune"]]
-    ranks = sorted({r.config["rank"] for r in tuned})
-    main = [r for r in tuned if r.config["rank"] == _main_rank(tuned)]
-    whole = [r for r in main if not _is_control(r)]
-    groups = by_method(whole)
+    controls = [r for r in measured if _is_control(r) and r.config["fine_tune"]]
+    groups = c.at_best if c else {}
     parts: list = [
         Table(name, f"{scale}: distance of generated images to real ones of the style (lower is "
               "nearer), mean ± 95% interval (seeds); each method at its chosen rate.",
-              results(base, main)),
+              results(base, groups, by_method(controls))),
     ]  # fmt: skip
     if base:
         caption = f"{scale}: can this base model measure style at all? Fixed before the comparison."
@@ -87,14 +101,16 @@ def _parts(preset: str, dataset: str, records: list[Record], chosen: dict[str, f
         parts.append(curves(f"{name}_curves", f"{loss.capitalize()} during training; {scale}.",
                             groups, lambda r: r.metrics["validation_loss"], loss))  # fmt: skip
         parts.append(curves(f"{name}_steps", f"Distance to the style during training; {scale}.",
-                            groups, distance_by_step, _metric(whole[0])))  # fmt: skip
-    if len(ranks) > 1:
+                            groups, distance_by_step, c.metric))  # fmt: skip
+    if c and len({r.config["rank"] for r in trained(c.every)}) > 1:
         parts.append(Table(f"{name}_ranks", f"{scale}: OP-LoRA at half of LoRA's rank.",
-                           by_rank([r for r in tuned if not _is_control(r)])))  # fmt: skip
+                           by_rank(c)))  # fmt: skip
     return parts
 
 
-def results(base: list[Record], tuned: list[Record]) -> pandas.DataFrame:
+def results(
+    base: list[Record], groups: dict[str, list[Record]], controls: dict[str, list[Record]]
+) -> pandas.DataFrame:
     """Yardsticks first (nothing is trained), then the methods, then the control."""
     rows = []
     for r in base:
@@ -104,19 +120,19 @@ def results(base: list[Record], tuned: list[Record]) -> pandas.DataFrame:
             rows.append({"method": "real images of the style, half to half", metric: floor})
             rows.append({"method": "real images of the base's style", metric: gap})
         rows.append({"method": "base model", metric: _with_interval(r.metrics["images"], metric)})
-    for control in (False, True):
-        for method, runs in by_method([r for r in tuned if _is_control(r) == control]).items():
+    for note, methods in (("", groups), (", trained on the base's style", controls)):
+        for method, runs in methods.items():
             metric = _metric(runs[0])
             rows.append(
                 {
-                    "method": NAMES[method] + (", trained on the base's style" if control else ""),
+                    "method": label(method, runs) + note,
                     "rate": f"{runs[0].config['lr']:g}",
                     metric: shown([r.metrics["images"][metric] for r in runs], 2),
                     "held-out loss": shown([x for r in runs if (x := final_loss(r))], 4),
                     **cost_cells(runs),
                 }
             )
-    return pandas.DataFrame(rows)
+    return pandas.DataFrame(rows, dtype=object)  # whole numbers beside missing ones
 
 
 def gate(base: Record, groups: dict[str, list[Record]]) -> pandas.DataFrame:
@@ -139,7 +155,7 @@ def gate(base: Record, groups: dict[str, list[Record]]) -> pandas.DataFrame:
     for method in ("full", "lora"):
         runs = groups.get(method)
         low, value = base.metrics["images"][f"{metric}_low"], base.metrics["images"][metric]
-        row = {"condition": f"(b) {NAMES[method]} comes clearly nearer to the new style"}
+        row = {"condition": f"(b) {name_of(method)} comes clearly nearer to the new style"}
         if runs:
             mean = mean_interval([r.metrics["images"][metric] for r in runs])[0]
             row["measured"] = f"{mean:.2f} against {value:.2f} without fine-tuning"
@@ -149,19 +165,22 @@ def gate(base: Record, groups: dict[str, list[Record]]) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def by_rank(tuned: list[Record]) -> pandas.DataFrame:
-    """LoRA and OP-LoRA at every rank that was run."""
+def by_rank(c: Comparison) -> pandas.DataFrame:
+    """LoRA and OP-LoRA at every rank that was run, at the rates chosen for the usual one."""
     rows = []
     for method in ("lora", "oplora"):
-        runs = [r for r in tuned if r.config["method"]["name"] == method]
+        runs = [
+            r for r in trained(c.every)
+            if r.config["method"]["name"] == method
+            and c.chosen.get(method, r.config["lr"]) == r.config["lr"]
+        ]  # fmt: skip
         for rank in sorted({r.config["rank"] for r in runs}):
             same = [r for r in runs if r.config["rank"] == rank]
-            metric = _metric(same[0])
             rows.append(
                 {
-                    "method": NAMES[method],
+                    "method": label(method, same),
                     "rank": rank,
-                    metric: shown([r.metrics["images"][metric] for r in same], 2),
+                    c.metric: shown([c.score(r) for r in same], 2),
                     "held-out loss": shown([x for r in same if (x := final_loss(r))], 4),
                     "shipped parameters": same[0].metrics["adapter_parameters"],
                 }
@@ -178,19 +197,19 @@ def distance_by_step(record: Record) -> list:
 def grid(name: str, scale: str, base: list[Record], groups: dict[str, list[Record]]) -> Picture:
     """Real images, the base model's and every method's for the same captions and noise."""
     strips = []
-    for label, record, file in (
+    for title, record, file in (
         ("real", next(iter(groups.values()))[0], "reference.png"),
         *(("base model", r, "samples.png") for r in base[:1]),
-        *((NAMES[method], runs[0], "samples.png") for method, runs in groups.items()),
+        *((name_of(method), runs[0], "samples.png") for method, runs in groups.items()),
     ):
         if (path := record.path / file).exists():
-            strips.append((label, matplotlib.image.imread(path)))
+            strips.append((title, matplotlib.image.imread(path)))
     figure = Figure(figsize=(9, 0.95 * len(strips)))
-    for axis, (label, image) in zip(
+    for axis, (title, image) in zip(
         figure.subplots(len(strips), squeeze=False)[:, 0], strips, strict=True
     ):
         axis.imshow(image, interpolation="nearest", aspect="equal")
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
@@ -216,15 +235,6 @@ def _metric(record: Record) -> str:
     return record.config["distance"]["name"]
 
 
-def _at(chosen: dict[str, float], record: Record) -> bool:
-    """Run at the chosen rate; where there was no sweep every rate counts."""
-    rate = record.config["lr"]
-    return chosen.get(record.config["method"]["name"], rate) == rate
-
-
-def _main_rank(tuned: list[Record]) -> int | None:
-    """The rank at which most methods were run."""
-    methods = {}
-    for r in tuned:
-        methods.setdefault(r.config["rank"], set()).add(r.config["method"]["name"])
-    return max(methods, key=lambda rank: len(methods[rank]), default=None)
+def _is_swept(record: Record) -> bool:
+    """Trained for the choice of a learning rate only."""
+    return record.config["fine_tune"] and not record.config["measure"]

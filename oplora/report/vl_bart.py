@@ -6,24 +6,23 @@ import numpy
 import pandas
 from matplotlib.figure import Figure
 
+from oplora.report.comparison import Comparison, usual
 from oplora.report.methods import (
-    NAMES,
     by_method,
-    chosen_rates,
+    cited_scores,
     cited_table,
     cost_cells,
     curves,
     final_loss,
-    rate_table,
-    rates_of,
-    sensitivity,
+    label,
+    name_of,
+    rate_parts,
     trained,
 )
 from oplora.report.page import Picture, Section, Table
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
 from oplora.runs import Record
 
-SCALES = {"small": "a tiny BART on easy-vqa (small preset)", "paper": "BART-base (paper preset)"}
 COLUMNS = {  # metric → column; all are shown × 100, as the paper does
     "vqa_accuracy": "vqa",
     "gqa_accuracy": "gqa",
@@ -37,13 +36,32 @@ MAIN = "average_without_captions"  # CIDEr has another unit, which would rule th
 
 def section(records: list[Record]) -> Section | None:
     """One part per preset; None where nothing was run."""
-    mine = [r for r in records if r.config["experiment"] == "vl_bart"]
-    if not mine:
+    parts = [part for c in comparisons(records) for part in _parts(c)]
+    if not parts:
         return None
-    result = Section("Vision and language, four tasks at once (Table 3)", [cited()])
+    return Section("Vision and language, four tasks at once (Table 3)", [cited(), *parts])
+
+
+def comparisons(records: list[Record]) -> list[Comparison]:
+    """One per preset, by the mean of the three accuracies."""
+    mine = [r for r in records if r.config["experiment"] == "vl_bart"]
+    found = []
     for preset in sorted({r.config["preset"] for r in mine}):
-        result.parts += _parts(preset, [r for r in mine if r.config["preset"] == preset])
-    return result
+        every = [r for r in mine if r.config["preset"] == preset]
+        found.append(
+            Comparison(
+                experiment="vl_bart",
+                preset=preset,
+                name=f"vl_bart_{preset}",
+                records=[r for r in every if usual(r, every)],
+                every=every,
+                loss=final_loss,
+                score=lambda r: 100 * r.metrics[MAIN] if MAIN in r.metrics else None,
+                metric="points of accuracy",
+                cited=cited_scores("table3.yaml", "average without captions"),
+            )
+        )
+    return found
 
 
 def cited() -> Table:
@@ -51,20 +69,15 @@ def cited() -> Table:
     return cited_table("vl_bart_paper", "table3.yaml")
 
 
-def _parts(preset: str, records: list[Record]) -> list:
-    name, scale = f"vl_bart_{preset}", SCALES[preset]
-    usual = [r for r in records if r.config["mlp_width"] == usual_width(r)]
-    sweep = rates_of(usual, final_loss)
-    chosen = chosen_rates(sweep)
-    records, usual = trained(records), trained(usual)
-    final = [r for r in usual if "average" in r.metrics and _at(chosen, r)]
+def _parts(c: Comparison) -> list:
+    name, scale = c.name, c.scope
+    final = [r for runs in c.at_best.values() for r in runs if "average" in r.metrics]
     caption = f"Validation loss after training, by learning rate; {scale}."
     parts: list = [
-        f"{scale[0].upper()}{scale[1:]}. The learning rate of every method is the one with the "
+        f"{scale}. The learning rate of every method is the one with the "
         "lowest validation loss (mean over seeds and all four tasks' items); the test set is "
         "scored at that rate only.",
-        sensitivity(f"{name}_rates", caption, sweep, "validation loss"),
-        Table(f"{name}_rates", f"{caption} The chosen rate has a star.", rate_table(sweep, chosen)),
+        *rate_parts(f"{name}_rates", caption, c.sweep, "validation loss"),
     ]
     if final:
         parts += [
@@ -73,19 +86,23 @@ def _parts(preset: str, records: list[Record]) -> list:
             Table(f"{name}_paired", f"{scale}: difference to LoRA in points on the same test items "
                   "(mean over shared seeds) [95% bootstrap interval over items].", paired(final)),
         ]  # fmt: skip
-    if any(r.metrics["epochs"] for r in usual):
+    if any(r.metrics["epochs"] for r in trained(c.records)):
         parts.append(
             curves(
-                f"{name}_epochs",
+                f"{name}_curves",
                 "Validation accuracy (mean of VQA, GQA, NLVR) by epoch, each method at its chosen "
                 f"rate (mean and range over seeds; epoch 0 is the base model); {scale}.",
-                by_method([r for r in usual if _at(chosen, r)]),
+                c.at_best,
                 accuracy_by_epoch,
                 "accuracy, %",
                 "epoch",
             )
         )
-    widths = [r for r in records if _has_mlp(r) and "average" in r.metrics and _at(chosen, r)]
+    widths = [
+        r for r in trained(c.every)
+        if _has_mlp(r) and "average" in r.metrics
+        and c.chosen.get(r.config["method"]["name"]) == r.config["lr"]
+    ]  # fmt: skip
     if len({r.config["mlp_width"] for r in widths}) > 2:
         parts += [
             width_figure(name, scale, widths, final),
@@ -93,12 +110,6 @@ def _parts(preset: str, records: list[Record]) -> list:
                   "one; test set, mean ± 95% interval (seeds).", width_table(widths)),
         ]  # fmt: skip
     return parts
-
-
-def usual_width(record: Record) -> int:
-    """The method's width in Table 6."""
-    widths = record.config["widths"]
-    return widths.get(record.config["method"]["name"], widths["default"])
 
 
 def accuracy_by_epoch(record: Record) -> list:
@@ -109,7 +120,7 @@ def results(final: list[Record]) -> pandas.DataFrame:
     return pandas.DataFrame(
         [
             {
-                "method": NAMES[method],
+                "method": label(method, runs),
                 "rate": f"{runs[0].config['lr']:g}",
                 **metric_cells(runs),
                 **cost_cells(runs),
@@ -134,7 +145,7 @@ def paired(final: list[Record]) -> pandas.DataFrame:
             items = 100 * pandas.concat(each, axis=1).mean(axis=1).dropna()
             parts = {task: items[task] for task in ("vqa", "gqa", "nlvr")} | {"all three": items}
             rows.append(
-                {"method": NAMES[method], "items": len(items), "seeds": len(shared)}
+                {"method": name_of(method), "items": len(items), "seeds": len(shared)}
                 | {
                     task: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*paired_bootstrap(differences))
                     for task, differences in parts.items()
@@ -158,7 +169,7 @@ def width_table(records: list[Record]) -> pandas.DataFrame:
             same = [r for r in runs if r.config["mlp_width"] == width]
             rows.append(
                 {
-                    "method": NAMES[method],
+                    "method": label(method, same),
                     "rate": f"{same[0].config['lr']:g}",
                     "width": width,
                     **metric_cells(same),
@@ -177,14 +188,14 @@ def width_figure(name: str, scale: str, records: list[Record], final: list[Recor
         values = [
             [100 * r.metrics[MAIN] for r in runs if r.config["mlp_width"] == w] for w in widths
         ]
-        (line,) = axis.plot(widths, [numpy.mean(v) for v in values], "o-", label=NAMES[method])
+        (line,) = axis.plot(widths, [numpy.mean(v) for v in values], "o-", label=name_of(method))
         low, high = zip(*((min(v), max(v)) for v in values), strict=True)
         axis.fill_between(widths, low, high, color=line.get_color(), alpha=0.15, lw=0)
     groups = by_method(final)
     for method, style in (("lora", ":"), ("dora", "--")):
         if method in groups:
             mean = mean_interval([100 * r.metrics[MAIN] for r in groups[method]])[0]
-            axis.axhline(mean, color="gray", ls=style, label=NAMES[method])
+            axis.axhline(mean, color="gray", ls=style, label=name_of(method))
     axis.set_xscale("log", base=2)
     axis.set_xlabel("width of the MLP")
     axis.set_ylabel("test accuracy, %")
@@ -194,10 +205,6 @@ def width_figure(name: str, scale: str, records: list[Record], final: list[Recor
         f"{scale} (compare Figure 6)."
     )
     return Picture(f"{name}_width", caption, figure)
-
-
-def _at(chosen: dict[str, float], record: Record) -> bool:
-    return chosen.get(record.config["method"]["name"]) == record.config["lr"]
 
 
 def _has_mlp(record: Record) -> bool:

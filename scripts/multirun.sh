@@ -1,0 +1,27 @@
+# Sourced by scripts/sweep_*.sh. `multirun EXPERIMENT OVERRIDES…` is one Hydra multirun: finished
+# runs are skipped, cut ones go on, failed ones are listed at its end and do not end the rest.
+# LAUNCHER=joblib (default; JOBS runs at once), basic, or submitit_slurm on a cluster.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+trap 'exit 130' INT
+status=0
+multirun() {
+  local experiment=$1
+  shift
+  echo "== $experiment $*"
+  "${PYTHON:-python}" "experiments/$experiment.py" --multirun launcher="${LAUNCHER:-joblib}" "$@" ||
+    status=1
+}
+
+# Sort "METHOD=RATE … OVERRIDES…" into the arrays `rates` and `overrides`; the preset's default is
+# small. A METHOD is one of configs/method/.
+sort_arguments() {
+  rates=() overrides=(preset=small)
+  for argument in "$@"; do
+    case $argument in
+      preset=*) overrides[0]=$argument ;;
+      *) if [ -f "configs/method/${argument%%=*}.yaml" ]; then rates+=("$argument")
+         else overrides+=("$argument"); fi ;;
+    esac
+  done
+}

@@ -1,0 +1,204 @@
+"""Sweeps: a failed member ends nothing and is listed, cut ones go on, every grid composes."""
+
+import itertools
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from stored_runs import store_vl_bart
+
+ROOT = Path(__file__).resolve().parent.parent
+APP = """
+import os, signal, sys
+from pathlib import Path
+import hydra
+
+@hydra.main(config_path=".", config_name="app", version_base="1.3")
+def main(cfg):
+    done = Path(cfg.runtime.runs_dir, f"{cfg.x}.done")
+    if done.exists():
+        print(f"{cfg.x} is finished already")
+        return
+    if cfg.x in cfg.bad:
+        raise ValueError(f"{cfg.x} is a bad number")
+    if cfg.x in cfg.killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.touch()
+
+os.environ["HYDRA_FULL_ERROR"] = "1"
+main()
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Run the trivial experiment over x; the process, and which members finished."""
+    app = {
+        "defaults": ["base", "_self_"], "x": 0, "bad": [], "killed": [],
+        "hydra": {"searchpath": [f"file://{ROOT}/configs"]},
+        "runtime": {"runs_dir": str(tmp_path / "runs")},
+    }  # fmt: skip
+    (tmp_path / "app.yaml").write_text(yaml.safe_dump(app))
+    (tmp_path / "app.py").write_text(APP)
+
+    def run(*overrides, jobs="2"):
+        done = subprocess.run(
+            [sys.executable, "app.py", "--multirun", *overrides],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "JOBS": jobs},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return done, sorted(int(p.stem) for p in (tmp_path / "runs").glob("*.done"))
+
+    yield run
+    assert not list((tmp_path / "runs").glob(".failed-*")), "notes of failures were left behind"
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_failed_members_are_listed_and_end_nothing(sweep, launcher):
+    done, finished = sweep(f"launcher={launcher}", "x=1,2,3,4", "bad=[1,3]")
+    assert done.returncode == 2 and finished == [2, 4]
+    tail = done.stderr.splitlines()[-3:]
+    assert tail[0] == "2 failed:"
+    assert " x=1 " in tail[1] and " x=3 " in tail[2]
+    assert tail[1].endswith("ValueError: 1 is a bad number")
+    assert "Traceback" not in done.stderr
+    again, finished = sweep(f"launcher={launcher}", "x=1,2,3,4")
+    assert again.returncode == 0 and finished == [1, 2, 3, 4]
+    assert "2 is finished already" in again.stdout + again.stderr
+
+
+def test_after_a_killed_member_the_sweep_goes_on_when_it_is_started_again(sweep):
+    done, finished = sweep("launcher=joblib", "x=1,2,3", "bad=[1]", "killed=[2]", jobs="2")
+    assert done.returncode != 0 and 2 not in finished
+    assert sweep("launcher=joblib", "x=1,2,3")[1] == [1, 2, 3]
+
+
+def test_a_cluster_is_a_choice_of_the_launcher():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose(
+            "commonsense",
+            overrides=["launcher=submitit_slurm", "preset=small"],
+            return_hydra_config=True,
+        )
+    assert config.hydra.launcher.gpus_per_node == 1
+    assert config.hydra.launcher._target_.endswith("SlurmLauncher")
+
+
+def multiruns(script, *arguments, **environment):
+    """The experiment and overrides of every multirun that a script starts."""
+    env = {**os.environ, "PYTHON": "echo", **environment}
+    command = ["bash", str(ROOT / "scripts" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("exp")]
+    return [(Path(line[0]).stem, line[2:]) for line in lines]
+
+
+def points(overrides):
+    """Every grid point's overrides."""
+    choices = [override.partition("=") for override in overrides]
+    lists = [[f"{key}={value}" for value in values.split(",")] for key, _, values in choices]
+    return list(itertools.product(*lists))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "count"),
+    [
+        ("sweep_learning_rates.sh", ["commonsense"], 7 * 5),
+        ("sweep_learning_rates.sh", ["vl_bart"], 5 * 6),
+        ("sweep_learning_rates.sh", ["sdxl"], 6 * 5),
+        ("sweep_learning_rates.sh", ["llava_cars"], 3 * 5),
+        ("sweep_learning_rates.sh", ["vl_bart", "method=loraplus,opvera", "preset=paper"], 2 * 6),
+        ("sweep_seeds.sh", ["commonsense", "lora=3e-3", "oplora=3e-4"], 6),
+        ("sweep_seeds.sh", ["sdxl", "lora=3e-3"], 2 + 6),
+        ("sweep_seeds.sh", ["sdxl", "lora=3e-3", "preset=paper"], 2 + 6),
+        ("sweep_mlp_width.sh", ["vl_bart", "opdora=1e-2"], 3 * 8),
+        ("sweep_rank.sh", ["commonsense", "lora=3e-3", "oplora=3e-4"], 2 * 4 * 3),
+        ("sweep_rank.sh", ["llava_cars", "oplora=3e-4"], 4 * 3),
+    ],
+)
+def test_every_point_of_every_grid_composes(script, arguments, count):
+    grids = [
+        (experiment, point)
+        for experiment, overrides in multiruns(script, *arguments)
+        for point in points(overrides)
+    ]
+    assert len(grids) == count
+    seen = set()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        for experiment, point in grids:
+            assert "launcher=joblib" in point
+            rest = [p for p in point if not p.startswith(("lr=", "seed=", "mlp_width=", "rank="))]
+            if (experiment, *rest) not in seen:  # numbers compose like one another
+                seen.add((experiment, *rest))
+                compose(experiment, overrides=list(point))
+
+
+def test_scripts_name_what_is_missing():
+    for script in ("sweep_seeds.sh", "sweep_mlp_width.sh", "sweep_rank.sh"):
+        command = ["bash", str(ROOT / "scripts" / script), "vl_bart"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and "=" in done.stderr
+    command = ["bash", str(ROOT / "scripts" / "sweep_learning_rates.sh"), "nothing"]
+    assert subprocess.run(command, capture_output=True).returncode == 2
+
+
+def test_a_failed_grid_is_told_by_the_scripts_exit_code():
+    environment = {**os.environ, "PYTHON": "false"}
+    command = ["bash", str(ROOT / "scripts" / "sweep_seeds.sh"), "vl_bart", "lora=1", "dora=1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stdout.count("== vl_bart") == 2
+
+
+STUB = """#!/usr/bin/env bash
+echo "$@" >> "$CALLS"
+case "$1 $2" in
+  "scripts/rates.py vl_bart") exit 2 ;;
+  scripts/rates.py*) echo lora=0.003 oplora=0.001 ;;
+  experiments/commonsense.py*) exit 1 ;;
+esac
+"""
+
+
+def test_reproduce_renders_early_skips_what_it_cannot_and_goes_on_after_a_failure(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    calls = tmp_path / "calls"
+    environment = {**os.environ, "PYTHON": str(stub), "CALLS": str(calls), "JOBS": "2"}
+    command = ["bash", str(ROOT / "scripts/reproduce.sh"), "runs", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = calls.read_text().splitlines()
+    assert [line.split()[0] for line in lines[:2]] == [
+        "experiments/matrix_factorization.py", "scripts/report.py",
+    ]  # fmt: skip
+    assert lines[-1] == "scripts/report.py runs --out out"
+    assert "skipping vl_bart" in done.stdout  # the stub knows no rates for it
+    seeds = [line for line in lines if line.startswith("experiments/commonsense.py")]
+    assert [line.split()[3:6] for line in seeds] == [
+        ["method=lora", "lr=0.003", "seed=0"], ["method=oplora", "lr=0.001", "seed=0"],
+    ]  # fmt: skip
+    assert done.returncode == 1  # commonsense failed
+    for experiment, base in (("sdxl", "tiny_sdxl"), ("llava_cars", "tiny_llava")):
+        there = (ROOT / "results/base_models" / base).exists()
+        assert there == any(f"experiments/{experiment}.py" in line for line in lines)
+        assert there or f"python scripts/pretrain_{base}.py" in done.stdout
+
+
+def test_rates_of_the_published_sweeps(tmp_path):
+    for lr, loss in ((1e-3, 0.5), (1e-2, 0.2), (1e-1, 0.4)):
+        store_vl_bart(tmp_path / "vl_bart" / "small", "lora", lr, 0, loss)
+    command = [sys.executable, str(ROOT / "scripts/rates.py"), "vl_bart", "--runs", str(tmp_path)]
+    done = subprocess.run([*command, "lora"], capture_output=True, text=True)
+    assert done.stdout == "lora=0.01\n"
+    done = subprocess.run([*command, "lora", "oplora"], capture_output=True, text=True)
+    assert done.returncode == 2 and "sweep_learning_rates.sh vl_bart method=oplora" in done.stderr
