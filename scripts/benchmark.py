@@ -10,6 +10,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -50,11 +51,10 @@ def training_step() -> dict:
 
 
 def _case(workload: str, rank: int, names: list[str]) -> dict:
-    threads = torch.get_num_threads()
-    rows = {
-        name: {"peak_memory_bytes": peak_memory(workload, rank, name, threads)}
-        for name in tqdm(names, desc=f"{workload}, rank {rank}: memory")
-    }
+    with ThreadPoolExecutor(2) as pool:  # of processes that measure their own memory
+        found = pool.map(partial(peak_memory, workload, rank), names)
+        bar = tqdm(found, f"{workload}, rank {rank}: memory", len(names))
+        rows = {name: {"peak_memory_bytes": peak} for name, peak in zip(names, bar, strict=True)}
     loaded = WORKLOADS[workload]()
     subjects = {name: prepare(loaded, rank, name) for name in names}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}

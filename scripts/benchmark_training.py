@@ -166,9 +166,9 @@ def timed_step(loss: Callable[[], Tensor], optimizer: Optimizer) -> tuple[float,
     return seconds(lambda: loss().backward()), seconds(optimizer.step)
 
 
-def peak_memory(model: str, rank: int, method: str, threads: int) -> int:
+def peak_memory(model: str, rank: int, method: str) -> int:
     """Bytes at most during two steps of one method, in a process of its own."""
-    command = [sys.executable, __file__, model, str(rank), method, str(threads)]
+    command = [sys.executable, __file__, model, str(rank), method]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -176,8 +176,8 @@ def peak_memory(model: str, rank: int, method: str, threads: int) -> int:
 
 
 if __name__ == "__main__":
-    name, rank, method, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
+    name, rank, method = sys.argv[1:]
+    torch.set_num_threads(1)
     step = prepare(WORKLOADS[name](), int(rank), method)
     # Only in the second step do activations and the optimizer's moments meet.
     for _ in range(2):

@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--tower-steps", type=int, default=1000)
-    parser.add_argument("--projector-steps", type=int, default=500)
+    parser.add_argument("--projector-steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.out.exists():

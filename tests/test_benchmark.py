@@ -45,7 +45,7 @@ def results(tmp_path_factory):
         patch.setattr(benchmark, "CASES", [("smollm2", 8, list(training.METHODS))])
         patch.setitem(training.WORKLOADS, "smollm2", tiny)
         memory = {name: 10 + i for i, name in enumerate(training.METHODS)}
-        patch.setattr(benchmark, "peak_memory", lambda w, rank, name, threads: memory[name])
+        patch.setattr(benchmark, "peak_memory", lambda w, rank, name: memory[name])
         patch.setattr(benchmark, "triad", lambda: 1e9)
         patch.setattr(sys, "argv", ["benchmark.py", "training_step", "--out", str(folder)])
         threads = torch.get_num_threads()

@@ -6,7 +6,17 @@ from pathlib import Path
 import pandas
 import yaml
 
-from oplora.report import across, claims, commonsense, llava_cars, mf, provenance, sdxl, vl_bart
+from oplora.report import (
+    across,
+    benchmarks,
+    claims,
+    commonsense,
+    llava_cars,
+    mf,
+    provenance,
+    sdxl,
+    vl_bart,
+)
 from oplora.report.comparison import Comparison
 from oplora.report.page import Section, Table, write_report
 from oplora.runs import Record, load_runs
@@ -28,10 +38,12 @@ def build(runs_dir: Path) -> list[Section]:
         raise ValueError(f"no finished run below {runs_dir}: run `make reproduce` first")
     compared = comparisons(records)
     studies = mf.studies(records)
+    speed = benchmarks.section(runs_dir.resolve().parent / "benchmarks")
     return [
         claims.section(compared, mf.complete(studies)),
         across.section(compared, studies),
         *sections,
+        *([speed] if speed else []),
         deviations(),
         provenance.section(runs_dir, records, problems),
     ]

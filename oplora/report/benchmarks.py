@@ -8,9 +8,7 @@ import pandas
 from oplora.report.methods import NAMES
 from oplora.report.page import Section, Table
 
-FOLDER = Path(__file__).resolve().parents[2] / "results" / "benchmarks"
 SHOWN = NAMES | {
-    "oplora_lite": "OP-LoRA Lite",
     "oplora_in_graph_fused": "OP-LoRA in the graph, fused AdamW",
     "oplora_in_graph_foreach": "OP-LoRA in the graph, foreach AdamW",
     "lora_pro": "LoRA-Pro",
@@ -20,7 +18,7 @@ SHOWN = NAMES | {
 STEP_AIMS = {8: 1.05, 32: 1.15}  # OP-LoRA's step over LoRA's on SmolLM2, by rank
 
 
-def section(folder: Path = FOLDER) -> Section | None:
+def section(folder: Path) -> Section | None:
     """Tables of training_step.json and shapes.json in `folder`; None without the first."""
     measured = _read(folder / "training_step.json")
     if measured is None:

@@ -18,6 +18,7 @@ NAMES = {
     "full": "full fine-tuning",
     "lora": "LoRA",
     "oplora": "OP-LoRA",
+    "oplora_lite": "OP-LoRA Lite",
     "dora": "DoRA",
     "opdora": "OP-DoRA",
     "loraplus": "LoRA+",
