@@ -49,10 +49,10 @@ class Evaluation:
 
     def measure(self, count: int | None, folder: str = "images") -> dict:
         """Figures of `count` generated images (evenly spread captions) against the real ones."""
-        rows = spread(len(self.reference), count)
-        paths = generate(self.pipeline, self.encoded, rows, self.folder / folder, **self.options)
-        real = self.reference.select(rows)
-        sides = side_metrics(paths, real["image"], real["text"], self.side_metrics)
+        numbers = spread(len(self.reference), count)
+        paths = generate(self.pipeline, self.encoded, numbers, self.folder / folder, **self.options)
+        texts = self.reference.select([n % len(self.reference) for n in numbers])["text"]
+        sides = side_metrics(paths, self._real(count)["image"], texts, self.side_metrics)
         return self.distance(paths, self._real_features(count)) | sides
 
     def snapshot(self, step: int, count: int) -> None:
@@ -72,10 +72,10 @@ class Evaluation:
         floor: one random half of the real images to the other; gap: images of the base model's
         own style to those of the new one; base: generated images to those of the base's style.
         """
-        rows = spread(len(self.reference), count)
-        generated = [self.folder / "images" / f"{row:05d}.png" for row in rows]
+        numbers = spread(len(self.reference), count)
+        generated = [self.folder / "images" / f"{number:05d}.png" for number in numbers]
         real = self._real_features(count)
-        own = self.distance.features(base_style.select(rows)["image"])
+        own = self.distance.features(self._real(count, base_style)["image"])
         return {
             "floor": self.distance.floor(real),
             "gap": self.distance(own, real),
@@ -85,9 +85,15 @@ class Evaluation:
     def _real_features(self, count: int | None) -> Tensor:
         """Features of the real images, computed once per number of them."""
         if count not in self._features:
-            rows = spread(len(self.reference), count)
-            self._features[count] = self.distance.features(self.reference.select(rows)["image"])
+            self._features[count] = self.distance.features(self._real(count)["image"])
         return self._features[count]
+
+    def _real(self, count: int | None, images: Dataset | None = None) -> Dataset:
+        """Those of the real images whose captions `count` images are generated for."""
+        images = self.reference if images is None else images
+        return images.select(
+            spread(len(images), None if count is None else min(count, len(images)))
+        )
 
     def show(self, count: int) -> list[str]:
         """Write samples.png and reference.png, the same `count` captions; returns the captions."""
@@ -100,17 +106,23 @@ class Evaluation:
 
 
 def spread(total: int, count: int | None) -> list[int]:
-    """`count` row numbers, evenly spread over `total` rows; all of them if count is None."""
+    """Numbers of `count` images for `total` captions; None: as many as captions.
+
+    Image n has caption n modulo total. Fewer than `total` are spread evenly over the captions,
+    more go through them again, with other noise.
+    """
     count = total if count is None else count
-    if not 0 < count <= total:
-        raise ValueError(f"{count} images wanted of {total} captions: between 1 and {total}")
+    if count < 1:
+        raise ValueError(f"{count} images wanted: at least 1")
+    if count > total:
+        return list(range(count))
     return numpy.linspace(0, total, count, endpoint=False).astype(int).tolist()
 
 
 def generate(
     pipeline: StableDiffusionXLPipeline,
     encoded: Dataset,
-    rows: list[int],
+    numbers: list[int],
     folder: Path,
     *,
     resolution: int,
@@ -120,19 +132,19 @@ def generate(
     autocast: str | None = None,
     seed: int = 0,
 ) -> list[Path]:
-    """One image for each of `rows`, kept as folder/ROW.png; images that are there are not redone.
+    """The images of these numbers (`spread`), kept as folder/NUMBER.png; none is drawn twice.
 
-    The noise of a row depends on (seed, row) alone, so all methods start from the same.
+    The noise of an image depends on (seed, number) alone, so all methods start from the same.
     autocast: the type of products and convolutions, where it is not the weights' ("bfloat16").
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {row: folder / f"{row:05d}.png" for row in rows}
-    missing = [row for row, path in paths.items() if not path.exists()]
+    paths = {number: folder / f"{number:05d}.png" for number in numbers}
+    missing = [number for number, path in paths.items() if not path.exists()]
     pipeline.set_progress_bar_config(disable=True)
-    with tqdm(total=len(rows), initial=len(rows) - len(missing), desc="Images") as bar:
+    with tqdm(total=len(paths), initial=len(paths) - len(missing), desc="Images") as bar:
         for start in range(0, len(missing), batch_size):
             chosen = missing[start : start + batch_size]
-            batch = encoded[chosen]
+            batch = encoded[[number % len(encoded) for number in chosen]]
             dtype, device = pipeline.unet.dtype, pipeline.unet.device
             kind = getattr(torch, autocast) if autocast else dtype
             with torch.autocast(device.type, kind, enabled=autocast is not None):
@@ -143,12 +155,12 @@ def generate(
                     width=resolution,
                     num_inference_steps=steps,
                     guidance_scale=guidance_scale,
-                    generator=[torch.Generator().manual_seed(seed * 1_000_003 + r) for r in chosen],
+                    generator=[torch.Generator().manual_seed(seed * 1_000_003 + n) for n in chosen],
                 ).images
-            for row, image in zip(chosen, images, strict=True):
-                partial = paths[row].with_suffix(f".{os.getpid()}")
+            for number, image in zip(chosen, images, strict=True):
+                partial = paths[number].with_suffix(f".{os.getpid()}")
                 image.save(partial, format="png")
-                os.replace(partial, paths[row])
+                os.replace(partial, paths[number])
             bar.update(len(chosen))
     return list(paths.values())
 

@@ -176,5 +176,6 @@ def test_captions_and_references_must_match(images, encoded, tmp_path):
 
 def test_spread():
     assert spread(10, 3) == [0, 3, 6] and spread(3, None) == [0, 1, 2]
-    with pytest.raises(ValueError, match="11 images wanted of 10"):
-        spread(10, 11)
+    assert spread(3, 7) == [0, 1, 2, 3, 4, 5, 6]  # captions 0, 1, 2, 0, 1, 2, 0
+    with pytest.raises(ValueError, match="0 images wanted: at least 1"):
+        spread(10, 0)
