@@ -77,7 +77,8 @@ def commands() -> str:
     return (
         f"Measured in a fresh clone on {measured['cores']} cores ({measured['cpu']}): set-up "
         f"{minutes['make setup']:.1f} min and {measured['venv_megabytes']} MB, then `make test` "
-        f"{minutes['make test']:.1f} min."
+        f"{minutes['make test']:.1f} min (revision {measured['revision'][:7]}; the tests have grown "
+        "since where this is not the newest)."
     )
 
 
