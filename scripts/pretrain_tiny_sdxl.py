@@ -82,7 +82,9 @@ def main(cfg: DictConfig) -> None:
             run.finish(train_autoencoder(cfg, pipeline.vae, run.path))
             for folder in run.path.glob("checkpoints*"):
                 shutil.rmtree(folder)
-        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(run.path / "vae"))
+        vae = AutoencoderKL.from_pretrained(run.path / "vae")
+        vae.register_to_config(_name_or_path="vae")  # not a path of this machine
+        pipeline.register_modules(vae=vae)
         autoencoder = json.loads((run.path / "metrics.json").read_text("utf-8"))
 
     with open_run(config | {"run_name": f"denoiser-seed{cfg.seed}"}) as run:
