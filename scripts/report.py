@@ -75,10 +75,9 @@ def commands() -> str:
     measured = json.loads((ROOT / "results" / "benchmarks" / "commands.json").read_text())
     minutes = {c["command"]: c["minutes"] for c in measured["commands"]}
     return (
-        f"Measured in a fresh clone on {measured['cores']} cores ({measured['cpu']}): set-up "
-        f"{minutes['make setup']:.1f} min and {measured['venv_megabytes']} MB, then `make test` "
-        f"{minutes['make test']:.1f} min (revision {measured['revision'][:7]}; the tests have grown "
-        "since where this is not the newest)."
+        f"Measured at revision {measured['revision'][:7]} in a fresh clone on {measured['cores']} "
+        f"cores ({measured['cpu']}): set-up {minutes['make setup']:.1f} min and "
+        f"{measured['venv_megabytes']} MB, then `make test` {minutes['make test']:.1f} min."
     )
 
 
