@@ -4,60 +4,50 @@ import time
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 
 from oplora.data.completion import completion_dataset
-from oplora.entry import experiment
-from oplora.finetuning import describe, finish, train
+from oplora.finetuning import fine_tuning, finish, train
 from oplora.methods import apply_method
 from oplora.metrics.commonsense import held_out_nll, summary
-from oplora.runs import open_run
+from oplora.runs import Run
 
 
-@experiment("commonsense")
-def main(cfg: DictConfig) -> None:
-    if cfg.dry_run:
-        print(describe(cfg, AutoModelForCausalLM))
-        return
-    torch.set_num_threads(cfg.runtime.threads)
-    with open_run(OmegaConf.to_container(cfg, resolve=True)) as run:
-        if run.finished:
-            print(f"{run.path} is finished already")
-            return
-        set_seed(cfg.seed)
-        torch.set_float32_matmul_precision(cfg.matmul_precision)
-        tokenizer = instantiate(cfg.tokenizer)
-        sides = instantiate(cfg.data, _convert_="all")(tokenizer, seed=cfg.seed)
-        encoded = {
-            side: completion_dataset(sides[side], tokenizer, **cfg.encoding)
-            for side in ("train", "validation")
-        }
-        collator = instantiate(cfg.collator)(tokenizer)
-        model = instantiate(cfg.model)
-        model, create_optimizer = apply_method(model, cfg.method)
-        metrics = train(
-            model,
-            create_optimizer,
-            cfg.training,
-            run,
-            train_dataset=encoded["train"],
-            eval_dataset=encoded["validation"],
-            data_collator=collator,
-        )
-        torch.set_float32_matmul_precision("highest")  # the merged weights differ by little
-        model = model.to(getattr(torch, cfg.score_dtype))
-        model = model.merge_and_unload() if isinstance(model, PeftModel) else model
-        start = time.perf_counter()
-        metrics["validation_nll"] = held_out_nll(model, tokenizer, sides["validation"])
-        if cfg.score_test:
-            predictions = run.path / "predictions.jsonl"
-            score = instantiate(cfg.evaluate)
-            metrics |= summary(score(model, tokenizer, sides["test"], predictions))
-        metrics["evaluate_seconds"] = round(time.perf_counter() - start, 1)
-        finish(run, metrics)
-        print(f"{run.path}: validation NLL {metrics['validation_nll']:.4f}")
+@fine_tuning("commonsense", AutoModelForCausalLM)
+def main(cfg: DictConfig, run: Run) -> None:
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    tokenizer = instantiate(cfg.tokenizer)
+    sides = instantiate(cfg.data, _convert_="all")(tokenizer, seed=cfg.seed)
+    encoded = {
+        side: completion_dataset(sides[side], tokenizer, **cfg.encoding)
+        for side in ("train", "validation")
+    }
+    collator = instantiate(cfg.collator)(tokenizer)
+    model = instantiate(cfg.model)
+    model, create_optimizer = apply_method(model, cfg.method)
+    metrics = train(
+        model,
+        create_optimizer,
+        cfg.training,
+        run,
+        train_dataset=encoded["train"],
+        eval_dataset=encoded["validation"],
+        data_collator=collator,
+    )
+    torch.set_float32_matmul_precision("highest")  # the merged weights differ by little
+    model = model.to(getattr(torch, cfg.score_dtype))
+    model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    start = time.perf_counter()
+    metrics["validation_nll"] = held_out_nll(model, tokenizer, sides["validation"])
+    if cfg.score_test:
+        predictions = run.path / "predictions.jsonl"
+        score = instantiate(cfg.evaluate)
+        metrics |= summary(score(model, tokenizer, sides["test"], predictions))
+    metrics["evaluate_seconds"] = round(time.perf_counter() - start, 1)
+    finish(run, metrics)
+    print(f"{run.path}: validation NLL {metrics['validation_nll']:.4f}")
 
 
 if __name__ == "__main__":

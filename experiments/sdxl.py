@@ -9,55 +9,44 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from diffusers.training_utils import cast_training_params
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from transformers import set_seed
 
 from oplora.data.assets import cache_folder
 from oplora.diffusion import DenoisingLoss, Snapshots, adapter_state, encode, export, held_out
-from oplora.entry import experiment
-from oplora.finetuning import describe, finish, train
+from oplora.finetuning import fine_tuning, finish, train
 from oplora.generation import Evaluation, merge
 from oplora.methods import apply_method
-from oplora.runs import Run, open_run
+from oplora.runs import Run
 
 
-@experiment("sdxl")
-def main(cfg: DictConfig) -> None:
-    if cfg.dry_run:
-        print(describe(cfg, UNet2DConditionModel))
-        return
-    torch.set_num_threads(cfg.runtime.threads)
-    with open_run(OmegaConf.to_container(cfg, resolve=True)) as run:
-        if run.finished:
-            print(f"{run.path} is finished already")
-            return
-        set_seed(cfg.seed)
-        torch.set_float32_matmul_precision(cfg.matmul_precision)
-        sides = ("train", "validation", "reference", "base_style")
-        data = {side: instantiate(cfg.dataset[side]) for side in sides}
-        pipeline = instantiate(cfg.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
-        pipeline.unet.set_attn_processor(instantiate(cfg.attention))
-        encoded = {
-            side: encode(data[side], pipeline, cache_folder() / "sdxl-inputs", **cfg.encoding)
-            for side in ("train", "validation")
-            if data[side] is not None
-        }
-        images = Evaluation(
-            pipeline,
-            encoded["train"],
-            data["reference"],
-            run.path,
-            generate=OmegaConf.to_container(cfg.generate, resolve=True),
-            distance=instantiate(cfg.distance),
-            side_metrics=instantiate(cfg.side_metrics),
-        )
-        metrics = {}
-        if cfg.fine_tune:
-            metrics = fine_tune(cfg, run, pipeline, encoded, images)
-            merge(pipeline.unet)
-        if cfg.measure:
-            metrics |= measure(cfg, images, data["base_style"])
-        finish(run, metrics)
-        print(f"{run.path}: {metrics.get('images', 'trained, no images')}")
+@fine_tuning("sdxl", UNet2DConditionModel)
+def main(cfg: DictConfig, run: Run) -> None:
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    sides = ("train", "validation", "reference", "base_style")
+    data = {side: instantiate(cfg.dataset[side]) for side in sides}
+    pipeline = instantiate(cfg.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.unet.set_attn_processor(instantiate(cfg.attention))
+    encoded = {
+        side: encode(data[side], pipeline, cache_folder() / "sdxl-inputs", **cfg.encoding)
+        for side in ("train", "validation")
+        if data[side] is not None
+    }
+    images = Evaluation(
+        pipeline,
+        encoded["train"],
+        data["reference"],
+        run.path,
+        generate=OmegaConf.to_container(cfg.generate, resolve=True),
+        distance=instantiate(cfg.distance),
+        side_metrics=instantiate(cfg.side_metrics),
+    )
+    metrics = {}
+    if cfg.fine_tune:
+        metrics = fine_tune(cfg, run, pipeline, encoded, images)
+        merge(pipeline.unet)
+    if cfg.measure:
+        metrics |= measure(cfg, images, data["base_style"])
+    finish(run, metrics)
+    print(f"{run.path}: {metrics.get('images', 'trained, no images')}")
 
 
 def fine_tune(

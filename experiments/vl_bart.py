@@ -3,66 +3,58 @@
 import time
 from functools import partial
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
-from transformers import set_seed
 
 from oplora.data.vl_batches import MultitaskBatches, VLCollator, check_images
-from oplora.entry import experiment
-from oplora.finetuning import describe, finish, train
+from oplora.finetuning import fine_tuning, finish, train
 from oplora.methods import apply_method
 from oplora.metrics.vl import EpochScores
 from oplora.models.vl_bart import VLBart
-from oplora.runs import open_run
+from oplora.runs import Run
 
 
-@experiment("vl_bart")
-def main(cfg: DictConfig) -> None:
+def complete(cfg: DictConfig) -> None:
     if cfg.method.adapter is not None:  # full fine-tuning trains everything anyway
         OmegaConf.update(cfg, "method.adapter", cfg.trained_besides, force_add=True)
     if cfg.dry_run:
         cfg.training.per_device_train_batch_size = cfg.rows_per_batch  # Trainer's row is a batch
-        print(describe(cfg, VLBart))
-        return
-    torch.set_num_threads(cfg.runtime.threads)
-    with open_run(OmegaConf.to_container(cfg, resolve=True)) as run:
-        if run.finished:
-            print(f"{run.path} is finished already")
-            return
-        set_seed(cfg.seed)
-        tokenizer = instantiate(cfg.tokenizer)
-        sides = instantiate(cfg.data, _convert_="all")
-        grids = instantiate(cfg.grids)
-        check_images((i for side in sides.values() for each in side.values() for i in each), grids)
-        collator = VLCollator(tokenizer, grids, cfg.tasks)
-        model = instantiate(cfg.model)
-        adapted, create_optimizer = apply_method(model, cfg.method)
-        evaluate = partial(instantiate(cfg.evaluate), model, tokenizer, collator.inputs)
-        equal = dict.fromkeys(cfg.tasks, cfg.evaluate.batch_size)  # Trainer averages over batches
-        epochs = EpochScores(
-            run.path, cfg.training.num_train_epochs, partial(evaluate, sides["validation"])
-        )
-        metrics = train(
-            adapted,
-            create_optimizer,
-            cfg.training,
-            run,
-            train_dataset=MultitaskBatches(sides["train"], cfg.batch_sizes, cfg.seed),
-            eval_dataset=MultitaskBatches(sides["validation"], equal, None),
-            data_collator=collator,
-            callbacks=[epochs],
-        )
-        metrics["epochs"] = epochs.history()
-        if isinstance(adapted, PeftModel):
-            adapted.merge_and_unload()  # in place: what follows is `model` as it would be shipped
-        start = time.perf_counter()
-        if cfg.score_test:
-            metrics |= evaluate(sides["test"], run.path / "predictions.jsonl")
-        metrics["evaluate_seconds"] = round(time.perf_counter() - start, 1)
-        finish(run, metrics)
-        print(f"{run.path}: validation loss {metrics['validation_loss'][-1][1]:.4f}")
+
+
+@fine_tuning("vl_bart", VLBart, complete)
+def main(cfg: DictConfig, run: Run) -> None:
+    tokenizer = instantiate(cfg.tokenizer)
+    sides = instantiate(cfg.data, _convert_="all")
+    grids = instantiate(cfg.grids)
+    check_images((i for side in sides.values() for each in side.values() for i in each), grids)
+    collator = VLCollator(tokenizer, grids, cfg.tasks)
+    model = instantiate(cfg.model)
+    adapted, create_optimizer = apply_method(model, cfg.method)
+    evaluate = partial(instantiate(cfg.evaluate), model, tokenizer, collator.inputs)
+    equal = dict.fromkeys(cfg.tasks, cfg.evaluate.batch_size)  # Trainer averages over batches
+    epochs = EpochScores(
+        run.path, cfg.training.num_train_epochs, partial(evaluate, sides["validation"])
+    )
+    metrics = train(
+        adapted,
+        create_optimizer,
+        cfg.training,
+        run,
+        train_dataset=MultitaskBatches(sides["train"], cfg.batch_sizes, cfg.seed),
+        eval_dataset=MultitaskBatches(sides["validation"], equal, None),
+        data_collator=collator,
+        callbacks=[epochs],
+    )
+    metrics["epochs"] = epochs.history()
+    if isinstance(adapted, PeftModel):
+        adapted.merge_and_unload()  # in place: what follows is `model` as it would be shipped
+    start = time.perf_counter()
+    if cfg.score_test:
+        metrics |= evaluate(sides["test"], run.path / "predictions.jsonl")
+    metrics["evaluate_seconds"] = round(time.perf_counter() - start, 1)
+    finish(run, metrics)
+    print(f"{run.path}: validation loss {metrics['validation_loss'][-1][1]:.4f}")
 
 
 if __name__ == "__main__":

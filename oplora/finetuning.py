@@ -1,25 +1,59 @@
-"""What the fine-tuning experiments share: training with resume, its figures, and the dry run."""
+"""What the fine-tuning experiments share: their frame, training with resume, and the dry run."""
 
+import functools
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from oplora.entry import experiment
 from oplora.methods import OptimizerFactory, add_adapter
 from oplora.peft import parameter_report
-from oplora.runs import Run, peak_memory_bytes
+from oplora.runs import Run, open_run, peak_memory_bytes
 from oplora.trainer import OPTrainer
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that has them
+
+
+def fine_tuning(
+    name: str, auto_class: type, prepare: Callable[[DictConfig], None] | None = None
+) -> Callable:
+    """Decorate a main(cfg, run) whose config is configs/<name>.yaml: it is called for open runs.
+
+    Finished runs are skipped, `dry_run=true` prints `describe(cfg, auto_class)` instead.
+    prepare: completes the config, before either.
+    """
+
+    def decorate(main: Callable[[DictConfig, Run], None]) -> Callable[[], None]:
+        @experiment(name)
+        @functools.wraps(main)
+        def job(cfg: DictConfig) -> None:
+            if prepare is not None:
+                prepare(cfg)
+            if cfg.dry_run:
+                print(describe(cfg, auto_class))
+                return
+            torch.set_num_threads(cfg.runtime.threads)
+            with open_run(OmegaConf.to_container(cfg, resolve=True)) as run:
+                if run.finished:
+                    print(f"{run.path} is finished already")
+                    return
+                set_seed(cfg.seed)
+                main(cfg, run)
+
+        return job
+
+    return decorate
 
 
 def train(
