@@ -77,7 +77,10 @@ def commands() -> str:
     return (
         f"Measured at revision {measured['revision'][:7]} in a fresh clone on {measured['cores']} "
         f"cores ({measured['cpu']}): set-up {minutes['make setup']:.1f} min and "
-        f"{measured['venv_megabytes']} MB, then `make test` {minutes['make test']:.1f} min."
+        f"{measured['venv_megabytes']} MB, then `make test` {minutes['make test']:.1f} min, "
+        f"`make reproduce` {minutes['make reproduce']:.1f} min and {measured['results_megabytes']} "
+        f"MB of results; started again it skips what is there and renders the report anew in "
+        f"{measured['reproduce_again_seconds']:.0f} s."
     )
 
 
