@@ -3,8 +3,8 @@
 python scripts/pretrain_tiny_llava.py              → results/base_models/tiny_llava
 The tower learns from emoji of two vendors to tell them apart in any guise and to imitate an
 ImageNet network; the projector then learns their names through the frozen language model, but of
-the classes of configs/llava_cars/small.yaml only the kind (oplora/data/emoji_names.py). Cut off,
-it goes on from its last checkpoint.
+the classes of configs/llava_cars/small.yaml only the kind (oplora/data/emoji_names.py). Options
+of that file can be overridden (data.classes=50). Cut off, it goes on from its last checkpoint.
 """
 
 import argparse
@@ -55,15 +55,16 @@ Drawing = tuple[str, str, Image.Image, str]  # style, id, image, caption
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--tower-steps", type=int, default=1000)
+    parser.add_argument("--tower-steps", type=int, default=1500)
     parser.add_argument("--projector-steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("overrides", nargs="*", help="of configs/llava_cars/small.yaml")
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists: delete it first")
     torch.set_num_threads(arguments.threads)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("llava_cars", ["preset=small"])
+        cfg = compose("llava_cars", ["preset=small", *arguments.overrides])
     drawings = list(base_captions(cfg.data.classes))
     work = arguments.out.with_name(f".{arguments.out.name}.partial")
     tower = train_tower(drawings, work / "tower", arguments.tower_steps)
@@ -142,7 +143,8 @@ def train_projector(
     set_seed(0)
     tokenizer = instantiate(cfg.tokenizer)
     token = tokenizer.convert_tokens_to_ids(cfg.image_token)
-    model = assemble(tower, instantiate(cfg.folder), token)
+    dtype = instantiate(cfg.model.dtype)
+    model = assemble(tower, instantiate(cfg.folder), dtype, token)
     collator = NamingCollator(
         tokenizer, cfg.prompt, cfg.image_token, model.config.image_seq_length, cfg.cutoff
     )
@@ -153,11 +155,10 @@ def train_projector(
         per_device_train_batch_size=8,
         learning_rate=1e-3,
         weight_decay=0.0,
-        save_steps=20,
     )
     trainer = Trainer(model, arguments, train_dataset=pictures, data_collator=collator)
     trainer.train(resume_from_checkpoint=whole_checkpoint(folder))
-    whole = assemble(tower, instantiate(cfg.folder), token)  # the other one has lost its tower
+    whole = assemble(tower, instantiate(cfg.folder), dtype, token)  # the other has lost its tower
     projector = model.model.multi_modal_projector
     whole.model.multi_modal_projector.load_state_dict(projector.state_dict())
     return whole

@@ -130,7 +130,9 @@ def test_only_the_label_has_loss_and_ends_at_the_last_position():
     batch = collator()(pictures)
     trained = [row[row != -100] for row in batch["labels"]]
     assert [tokenizer.decode(row) for row in trained] == [" cat<eos>", " the sun<eos>"]
-    assert batch["logits_to_keep"] == batch["labels"].shape[1] == 1 + max(map(len, trained))
+    kept, length = batch["labels"].shape[1], batch["input_ids"].shape[1]
+    assert kept == 1 + max(map(len, trained))
+    assert batch["logits_to_keep"].tolist() == list(range(length - kept, length))
     whole = [row[mask == 1] for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
     assert tokenizer.decode(whole[0]) == "<image>" * TOKENS + " What is it? cat<eos>"
     for ids, row in zip(batch["input_ids"], trained):

@@ -1,18 +1,32 @@
 """LLaVA on cached features is LLaVA on images; the projector alone trains, in float32."""
 
+import json
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny_emoji import emoji_packages
 from tiny_language_model import tiny_llama
-from tiny_llava import SIDE, TOKENS, WIDTH, save_llava, tiny_config, tiny_llava
+from tiny_llava import (
+    SIDE,
+    TOKENS,
+    WIDTH,
+    save_llava,
+    tiny_config,
+    tiny_llava,
+    tokenizer_with_image,
+)
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from oplora.models import tiny_llava as small
 from oplora.models.llava import Llava
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Picture(NamedTuple):
@@ -115,11 +129,10 @@ def test_adapter_is_loaded_by_the_stock_model(tmp_path):
     assert not torch.allclose(loaded, before, atol=1e-2)
 
 
-def test_tower_that_cannot_tell_views_apart_has_the_loss_of_a_guess():
+def test_tower_that_cannot_tell_views_apart_has_the_loss_of_a_guess(monkeypatch):
     torch.manual_seed(0)
     training = small.TowerTraining(size=6)
-    for parameter in training.contrast.parameters():
-        parameter.data.zero_()  # all embeddings are zero: every view is as near as any other
+    monkeypatch.setattr(training, "pooled", lambda pixels: torch.ones(len(pixels), 192))
     pixels, teacher = torch.randn(3, 2, 3, small.SIDE, small.SIDE), torch.randn(3, 2, 6)
     loss = training(pixels, teacher)["loss"]
     imitation = torch.cosine_similarity(
@@ -128,11 +141,15 @@ def test_tower_that_cannot_tell_views_apart_has_the_loss_of_a_guess():
     assert loss.item() == pytest.approx(torch.log(torch.tensor(3.0)).item() + 1 - imitation.item())
 
 
-def test_what_was_saved_is_loaded_with_the_language_model_of_another_folder(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_saved_is_loaded_with_the_language_model_of_another_folder(tmp_path, dtype):
     tiny_llama(50).save_pretrained(tmp_path / "language")
-    model = small.assemble(small.TowerTraining(6).tower, str(tmp_path / "language"), 49).eval()
+    tower, language = small.TowerTraining(6).tower, str(tmp_path / "language")
+    model = small.assemble(tower, language, dtype, 49).eval()
     model.save_pretrained(tmp_path / "base")
-    loaded = small.load(str(tmp_path / "base"), str(tmp_path / "language")).eval()
+    loaded = small.load(str(tmp_path / "base"), language, dtype).eval()
+    assert loaded.lm_head.weight.dtype == dtype
+    assert model.model.multi_modal_projector.linear_1.weight.dtype == torch.float32
     pixels = torch.randn(2, 3, small.SIDE, small.SIDE)
     ids = torch.tensor([[49] * model.config.image_seq_length + [5, 6]] * 2)
     with torch.no_grad():
@@ -144,4 +161,35 @@ def test_what_was_saved_is_loaded_with_the_language_model_of_another_folder(tmp_
 
 def test_a_missing_base_says_how_to_make_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"pretrain_tiny_llava\.py"):
-        small.load(str(tmp_path), "nowhere")
+        small.load(str(tmp_path), "nowhere", torch.float32)
+
+
+def test_pretraining_writes_a_base_that_loads_and_leaves_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPLORA_CACHE", str(tmp_path / "cache"))
+    emoji_packages(tmp_path / "cache")
+    tokenizer, language = tokenizer_with_image(), tmp_path / "language"
+    tokenizer.save_pretrained(language)
+    tiny_llama(len(tokenizer)).save_pretrained(language)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import pretrain_tiny_llava as script
+
+    monkeypatch.setattr(script, "EfficientNetLite0", lambda folder: None)  # the teacher
+    monkeypatch.setattr(script, "fetch", lambda name: None)
+    monkeypatch.setattr(script, "features", lambda images, _: torch.rand(len(images), 6))
+    out = tmp_path / "out" / "tiny_llava"
+    command = [
+        "pretrain_tiny_llava.py", f"--out={out}", "--tower-steps=2", "--projector-steps=2",
+        "data.classes=4", "image_token='<image>'", "~folder",
+        f"+folder={{_target_: os.path.join, _args_: ['{language}']}}",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    script.main()
+    assert [path.name for path in out.parent.iterdir()] == ["tiny_llava"]
+    facts = json.loads((out / "pretraining.json").read_text())
+    assert facts["tower"]["steps"] == facts["projector"]["steps"] == 2
+    assert set(facts["nearest_is_same_emoji"]) == {"google2017", "fluent"}
+    model = small.load(str(out), str(language), torch.bfloat16)
+    assert model.config.image_seq_length == 9
+    assert model.model.vision_tower.dtype == torch.float32  # half on disk
+    with pytest.raises(SystemExit):  # nothing is overwritten
+        script.main()

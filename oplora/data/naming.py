@@ -106,7 +106,9 @@ class NamingCollator:
             **batch,
             "pixel_values": torch.stack([p.pixel_values for p in pictures]),
             "labels": torch.stack(labels),
-            "logits_to_keep": kept,
+            # Positions, not their number: the slice of a number is not contiguous, and torch
+            # would copy the head's weights once for every picture.
+            "logits_to_keep": torch.arange(-kept, 0) + batch["input_ids"].shape[1],
         }
 
     def prompts(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:

@@ -28,9 +28,14 @@ def tower_config() -> CLIPVisionConfig:
     )
 
 
-def assemble(tower: CLIPVisionModel, language_model: str, image_token_id: int) -> Llava:
-    """A model of a trained tower, the language model in a folder and a random projector."""
-    language = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
+def assemble(
+    tower: CLIPVisionModel, language_model: str, dtype: torch.dtype, image_token_id: int
+) -> Llava:
+    """A model of a trained tower, the language model in a folder and a random projector.
+
+    dtype: of the language model.
+    """
+    language = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=language.config,
@@ -43,13 +48,13 @@ def assemble(tower: CLIPVisionModel, language_model: str, image_token_id: int) -
     return model.requires_grad_(True)
 
 
-def load(folder: str, language_model: str) -> Llava:
+def load(folder: str, language_model: str, dtype: torch.dtype) -> Llava:
     """The model that pretraining wrote into `folder`, with the language model of another folder.
 
-    FileNotFoundError says how to make it.
+    dtype: of the language model. FileNotFoundError says how to make the folder.
     """
     weights = Path(base_folder(folder), "model.safetensors")
-    language = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
+    language = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
     model = _with_language(Llava(LlavaConfig.from_pretrained(folder)), language)
     missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
     wrong = [name for name in missing if not name.startswith(LANGUAGE_MODEL)] + unexpected
@@ -78,7 +83,6 @@ class TowerTraining(nn.Module):
         super().__init__()
         self.tower = CLIPVisionModel(tower_config())
         width = self.tower.config.hidden_size
-        self.contrast = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 128))
         self.imitate = nn.Linear(width, size)
         self.temperature = temperature
 
@@ -90,7 +94,9 @@ class TowerTraining(nn.Module):
     def forward(self, pixel_values: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """pixel_values: (emoji, 2, 3, side, side); teacher: (emoji, 2, size)."""
         pooled = self.pooled(pixel_values.flatten(0, 1))
-        first, second = F.normalize(self.contrast(pooled), dim=1).unflatten(0, (-1, 2)).unbind(1)
+        # of the tokens themselves: behind a head of their own they collapse to a few directions,
+        # in which a projector cannot tell a hundred emoji apart
+        first, second = F.normalize(pooled, dim=1).unflatten(0, (-1, 2)).unbind(1)
         similar = first @ second.T / self.temperature
         own = torch.arange(len(first), device=similar.device)
         contrast = (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
