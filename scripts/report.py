@@ -20,7 +20,7 @@ from oplora.runs import write_atomically
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 PENDING = {  # the README's tables of experiments that may have no published runs
-    "sdxl_small_fluent": "sdxl",
+    "sdxl_small_twemoji": "sdxl",
     "llava_cars_small": "llava_cars",
     "vl_bart_small": "vl_bart",
     "commonsense_small_float32": "commonsense",

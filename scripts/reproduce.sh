@@ -33,7 +33,7 @@ factorize method=opmf,mf optimizer=sgd # the first figure, in about a minute
 render
 factorize method=opmf,mf,mf_matched,mf_mlp_start,mf_matched_mlp_start optimizer=adam,momentum,sgd
 small vl_bart tiny_vl_bart
-small sdxl tiny_sdxl dataset=fluent
+small sdxl tiny_sdxl dataset=twemoji
 small llava_cars tiny_llava
 small commonsense
 render
