@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Seeds of methods at their chosen rates, scored on the test set; the report names the rates.
 # Usage: SEEDS=0,1,2 scripts/sweep_seeds.sh EXPERIMENT METHOD=RATE… [HYDRA OVERRIDES]
+# sdxl trains on two styles, or on dataset=…; dataset=twemoji_control is the control for twemoji.
 source "$(dirname "$0")/multirun.sh"
 experiment=${1:?commonsense, vl_bart, sdxl or llava_cars}
 shift
@@ -8,9 +9,12 @@ sort_arguments "$@"
 [ ${#rates[@]} -gt 0 ] || { echo "error: give methods with their rates, as lora=3e-3" >&2; exit 2; }
 data=()
 if [ "$experiment" = sdxl ]; then # two styles, and the base model, which is what is compared with
-  data=(dataset=fluent,twemoji)
-  [ "${overrides[0]}" = preset=small ] || data=(dataset=naruto,wikiart)
-  multirun sdxl fine_tune=false run_name=base "${data[@]}" "${overrides[@]}"
+  if [[ " ${overrides[*]}" != *" dataset="* ]]; then
+    data=(dataset=twemoji,fluent)
+    [ "${overrides[0]}" = preset=small ] || data=(dataset=naruto,wikiart)
+  fi
+  [[ " ${overrides[*]}" == *_control* ]] ||
+    multirun sdxl fine_tune=false run_name=base ${data[@]+"${data[@]}"} "${overrides[@]}"
 fi
 for pair in "${rates[@]}"; do
   multirun "$experiment" method="${pair%%=*}" lr="${pair#*=}" seed="${SEEDS:-0,1,2}" \
