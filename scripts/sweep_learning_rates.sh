@@ -19,7 +19,7 @@ case $experiment in
     full=3e-5,1e-4,3e-4,1e-3,3e-3,1e-2 ;;
   sdxl)
     methods+=,pissa,full train_only=measure=false
-    op=3e-5,1e-4,3e-4,1e-3,3e-3 plain=3e-4,1e-3,3e-3,1e-2,3e-2 full=1e-5,3e-5,1e-4,3e-4,1e-3 ;;
+    op=1e-5,3e-5,1e-4,3e-4,1e-3 plain=3e-4,1e-3,3e-3,1e-2,3e-2 full=1e-5,3e-5,1e-4,3e-4,1e-3 ;;
   llava_cars)
     methods=lora,oplora,full
     op=3e-5,1e-4,3e-4,1e-3,3e-3 plain=3e-4,1e-3,3e-3,1e-2,3e-2 full=3e-5,1e-4,3e-4,1e-3,3e-3 ;;

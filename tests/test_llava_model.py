@@ -185,6 +185,7 @@ def test_pretraining_writes_a_base_that_loads_and_leaves_nothing_else(tmp_path, 
     monkeypatch.setattr(sys, "argv", command)
     script.main()
     assert [path.name for path in out.parent.iterdir()] == ["tiny_llava"]
+    assert str(tmp_path) not in (out / "config.json").read_text()
     facts = json.loads((out / "pretraining.json").read_text())
     assert facts["tower"]["steps"] == facts["projector"]["steps"] == 2
     assert set(facts["nearest_is_same_emoji"]) == {"google2017", "fluent"}

@@ -36,6 +36,7 @@ def assemble(
     dtype: of the language model.
     """
     language = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+    language.config._name_or_path = ""  # not a path of this machine
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=language.config,
