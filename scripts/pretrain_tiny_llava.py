@@ -2,9 +2,10 @@
 
 python scripts/pretrain_tiny_llava.py              → results/base_models/tiny_llava
 The tower learns from emoji of two vendors to tell them apart in any guise and to imitate an
-ImageNet network; the projector then learns their names through the frozen language model, but of
-the classes of configs/llava_cars/small.yaml only the kind (oplora/data/emoji_names.py). Options
-of that file can be overridden (data.classes=50). Cut off, it goes on from its last checkpoint.
+ImageNet network; the projector then learns to write their names in the language model's input
+embeddings, and after that through the frozen language model, but of the classes of
+configs/llava_cars/small.yaml only the kind (oplora/data/emoji_names.py). Options of that file can
+be overridden (data.classes=50). Cut off, it goes on from its last checkpoint.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from torch.utils.data import Dataset
 from transformers import (
     CLIPVisionModel,
     LlavaImageProcessorPil,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -44,11 +46,11 @@ from oplora.data.naming import NamingCollator, Picture
 from oplora.finetuning import whole_checkpoint
 from oplora.metrics.images import EfficientNetLite0, features
 from oplora.models.llava import Llava
-from oplora.models.tiny_llava import SIDE, TowerTraining, assemble
+from oplora.models.tiny_llava import SIDE, Spelling, TowerTraining, assemble
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "base_models" / "tiny_llava"
-COPIES = 4  # of every drawing that the projector learns from; all but one are augmented
+COPIES = 8  # of every drawing that the projector learns from; all but one are augmented
 Drawing = tuple[str, str, Image.Image, str]  # style, id, image, caption
 
 
@@ -56,7 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--tower-steps", type=int, default=1500)
-    parser.add_argument("--projector-steps", type=int, default=3000)
+    parser.add_argument("--spelling-steps", type=int, default=4000)
+    parser.add_argument("--projector-steps", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("overrides", nargs="*", help="of configs/llava_cars/small.yaml")
     arguments = parser.parse_args()
@@ -68,13 +71,12 @@ def main() -> None:
     drawings = list(base_captions(cfg.data.classes))
     work = arguments.out.with_name(f".{arguments.out.name}.partial")
     tower = train_tower(drawings, work / "tower", arguments.tower_steps)
-    model = train_projector(
-        cfg, tower.tower, drawings, work / "projector", arguments.projector_steps
-    )
+    steps = {"spelling": arguments.spelling_steps, "projector": arguments.projector_steps}
+    model = train_projector(cfg, tower.tower, drawings, work, steps)
     facts = {
         "tower": {"steps": arguments.tower_steps, "parameters": parameters(tower.tower)},
         "projector": {
-            "steps": arguments.projector_steps,
+            "steps": steps,
             "parameters": parameters(model.model.multi_modal_projector),
         },
         "nearest_is_same_emoji": found_across_vendors(tower, cfg),
@@ -137,31 +139,73 @@ def train_tower(drawings: list[Drawing], folder: Path, steps: int) -> TowerTrain
 
 
 def train_projector(
-    cfg: DictConfig, tower: CLIPVisionModel, drawings: list[Drawing], folder: Path, steps: int
+    cfg: DictConfig,
+    tower: CLIPVisionModel,
+    drawings: list[Drawing],
+    work: Path,
+    steps: dict[str, int],
 ) -> Llava:
     """LLaVA with a projector that says what the drawings show."""
     set_seed(0)
-    tokenizer = instantiate(cfg.tokenizer)
+    tokenizer, dtype = instantiate(cfg.tokenizer), instantiate(cfg.model.dtype)
     token = tokenizer.convert_tokens_to_ids(cfg.image_token)
-    dtype = instantiate(cfg.model.dtype)
     model = assemble(tower, instantiate(cfg.folder), dtype, token)
+    projector = model.model.multi_modal_projector
+    pictures = model.cache_features({"all": captioned(drawings)}, float("inf"), 64)["all"]
+    folder = work / "spelling"
+    rows = Spelled(pictures, tokenizer)
+    embeddings = model.get_input_embeddings().weight.detach()[rows.tokens].float()
+    arguments = training_arguments(
+        folder,
+        steps["spelling"],
+        per_device_train_batch_size=128,
+        learning_rate=2e-3,
+        weight_decay=0.0,
+        logging_steps=100,
+        save_steps=1000,
+    )
+    trainer = Trainer(Spelling(projector, embeddings), arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=whole_checkpoint(folder))
+    folder = work / "projector"
     collator = NamingCollator(
         tokenizer, cfg.prompt, cfg.image_token, model.config.image_seq_length, cfg.cutoff
     )
-    pictures = model.cache_features({"all": captioned(drawings)}, float("inf"), 64)["all"]
     arguments = training_arguments(
         folder,
-        steps,
+        steps["projector"],
         per_device_train_batch_size=8,
-        learning_rate=1e-3,
+        learning_rate=5e-4,
         weight_decay=0.0,
     )
     trainer = Trainer(model, arguments, train_dataset=pictures, data_collator=collator)
     trainer.train(resume_from_checkpoint=whole_checkpoint(folder))
     whole = assemble(tower, instantiate(cfg.folder), dtype, token)  # the other has lost its tower
-    projector = model.model.multi_modal_projector
     whole.model.multi_modal_projector.load_state_dict(projector.state_dict())
     return whole
+
+
+class Spelled(Dataset):
+    """Features of pictures with a caption's token for each of the image tokens.
+
+    A line break stands where the caption has ended. `tokens` are all that occur, `spelled` counts
+    in them.
+    """
+
+    def __init__(self, pictures: list[Picture], tokenizer: PreTrainedTokenizerBase):
+        self.pictures, count = pictures, len(pictures[0].pixel_values)
+        (filler,) = tokenizer.encode("\n")
+        captions = {picture.label for picture in pictures}
+        ids = {c: (tokenizer.encode(f" {c}") + [filler] * count)[:count] for c in captions}
+        self.tokens = sorted({token for row in ids.values() for token in row})
+        number = {token: n for n, token in enumerate(self.tokens)}
+        self.spelled = {c: torch.tensor([number[t] for t in row]) for c, row in ids.items()}
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        picture = self.pictures[row]
+        return {"features": picture.pixel_values, "spelled": self.spelled[picture.label]}
 
 
 def captioned(drawings: list[Drawing]) -> list[Picture]:
@@ -189,10 +233,9 @@ def training_arguments(folder: Path, steps: int, **options) -> TrainingArguments
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         save_total_limit=1,
-        logging_steps=20,
         use_cpu=True,
         report_to="none",
-        **{"save_steps": 100, **options},
+        **{"save_steps": 100, "logging_steps": 20, **options},
     )
 
 
@@ -225,7 +268,7 @@ def found_across_vendors(tower: TowerTraining, cfg: DictConfig) -> dict[str, flo
 
 def save(model: Llava, facts: dict, work: Path, out: Path) -> None:
     """Everything in one folder that appears at once; the weights in half precision."""
-    for part in ("tower", "projector"):
+    for part in ("tower", "spelling", "projector"):
         shutil.rmtree(work / part, ignore_errors=True)
     model.half().save_pretrained(work)
     image_processor().save_pretrained(work)

@@ -141,6 +141,16 @@ def test_tower_that_cannot_tell_views_apart_has_the_loss_of_a_guess(monkeypatch)
     assert loss.item() == pytest.approx(torch.log(torch.tensor(3.0)).item() + 1 - imitation.item())
 
 
+def test_spelling_costs_nothing_where_every_token_is_the_right_embedding():
+    embeddings = torch.eye(4, 6) * 3
+    spelling = small.Spelling(torch.nn.Identity(), embeddings, temperature=0.01)
+    spelled = torch.tensor([[2, 0], [1, 1]])
+    assert spelling(embeddings[spelled], spelled)["loss"].item() == pytest.approx(0, abs=1e-6)
+    # another's embedding is 1 / 0.01 worse, half the length costs 0.1 / 4
+    assert spelling(embeddings[spelled + 1], spelled)["loss"].item() == pytest.approx(100)
+    assert spelling(embeddings[spelled] / 2, spelled)["loss"].item() == pytest.approx(0.025)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_saved_is_loaded_with_the_language_model_of_another_folder(tmp_path, dtype):
     tiny_llama(50).save_pretrained(tmp_path / "language")
@@ -178,7 +188,8 @@ def test_pretraining_writes_a_base_that_loads_and_leaves_nothing_else(tmp_path, 
     monkeypatch.setattr(script, "features", lambda images, _: torch.rand(len(images), 6))
     out = tmp_path / "out" / "tiny_llava"
     command = [
-        "pretrain_tiny_llava.py", f"--out={out}", "--tower-steps=2", "--projector-steps=2",
+        "pretrain_tiny_llava.py", f"--out={out}", "--tower-steps=2", "--spelling-steps=2",
+        "--projector-steps=2",
         "data.classes=4", "image_token='<image>'", "~folder",
         f"+folder={{_target_: os.path.join, _args_: ['{language}']}}",
     ]  # fmt: skip
@@ -187,7 +198,7 @@ def test_pretraining_writes_a_base_that_loads_and_leaves_nothing_else(tmp_path, 
     assert [path.name for path in out.parent.iterdir()] == ["tiny_llava"]
     assert str(tmp_path) not in (out / "config.json").read_text()
     facts = json.loads((out / "pretraining.json").read_text())
-    assert facts["tower"]["steps"] == facts["projector"]["steps"] == 2
+    assert facts["tower"]["steps"] == facts["projector"]["steps"]["spelling"] == 2
     assert set(facts["nearest_is_same_emoji"]) == {"google2017", "fluent"}
     model = small.load(str(out), str(language), torch.bfloat16)
     assert model.config.image_seq_length == 9

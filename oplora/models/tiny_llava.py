@@ -105,6 +105,28 @@ class TowerTraining(nn.Module):
         return {"loss": contrast + 1 - imitation}
 
 
+class Spelling(nn.Module):
+    """The projector learns to write captions: each image token becomes one token's embedding.
+
+    What the language model is to read later costs next to nothing to learn without it.
+    embeddings: the input embeddings (tokens, size) of all tokens that captions have. The loss is
+    the cross-entropy of the cosines to them, and how far lengths are from their mean length.
+    """
+
+    def __init__(self, projector: nn.Module, embeddings: Tensor, temperature: float = 0.05):
+        super().__init__()
+        self.projector, self.temperature = projector, temperature
+        self.length = embeddings.norm(dim=1).mean().item()
+        self.register_buffer("directions", F.normalize(embeddings, dim=1), persistent=False)
+
+    def forward(self, features: Tensor, spelled: Tensor) -> dict[str, Tensor]:
+        """features: (images, image tokens, size); spelled: (images, image tokens), which token."""
+        written = self.projector(features).flatten(0, 1)
+        cosines = F.normalize(written, dim=1) @ self.directions.T
+        loss = F.cross_entropy(cosines / self.temperature, spelled.flatten())
+        return {"loss": loss + 0.1 * (written.norm(dim=1) / self.length - 1).square().mean()}
+
+
 def _with_language(model: Llava, language: nn.Module) -> Llava:
     model.model.language_model, model.lm_head = language.model, language.lm_head
     model.generation_config = language.generation_config
