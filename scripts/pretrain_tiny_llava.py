@@ -121,7 +121,10 @@ def train_tower(drawings: list[Drawing], folder: Path, steps: int) -> TowerTrain
     set_seed(0)
     encoder = EfficientNetLite0(fetch("efficientnet-lite0"))
     teacher = F.normalize(features([image for _, _, image, _ in drawings], encoder), dim=1)
-    arguments = training_arguments(
+    training = TowerTraining(teacher.shape[1])
+    fit(
+        training,
+        Views(drawings, teacher, 64 * steps),
         folder,
         steps,
         train_sampling_strategy="sequential",  # the data set draws the order itself
@@ -129,13 +132,7 @@ def train_tower(drawings: list[Drawing], folder: Path, steps: int) -> TowerTrain
         learning_rate=1e-3,
         weight_decay=0.05,
     )
-    trainer = Trainer(
-        TowerTraining(teacher.shape[1]),
-        arguments,
-        train_dataset=Views(drawings, teacher, 64 * steps),
-    )
-    trainer.train(resume_from_checkpoint=whole_checkpoint(folder))
-    return trainer.model.eval()
+    return training.eval()
 
 
 def train_projector(
@@ -152,33 +149,30 @@ def train_projector(
     model = assemble(tower, instantiate(cfg.folder), dtype, token)
     projector = model.model.multi_modal_projector
     pictures = model.cache_features({"all": captioned(drawings)}, float("inf"), 64)["all"]
-    folder = work / "spelling"
     rows = Spelled(pictures, tokenizer)
     embeddings = model.get_input_embeddings().weight.detach()[rows.tokens].float()
-    arguments = training_arguments(
-        folder,
+    fit(
+        Spelling(projector, embeddings),
+        rows,
+        work / "spelling",
         steps["spelling"],
         per_device_train_batch_size=128,
         learning_rate=2e-3,
-        weight_decay=0.0,
         logging_steps=100,
         save_steps=1000,
     )
-    trainer = Trainer(Spelling(projector, embeddings), arguments, train_dataset=rows)
-    trainer.train(resume_from_checkpoint=whole_checkpoint(folder))
-    folder = work / "projector"
     collator = NamingCollator(
         tokenizer, cfg.prompt, cfg.image_token, model.config.image_seq_length, cfg.cutoff
     )
-    arguments = training_arguments(
-        folder,
+    fit(
+        model,
+        pictures,
+        work / "projector",
         steps["projector"],
+        collator,
         per_device_train_batch_size=8,
         learning_rate=5e-4,
-        weight_decay=0.0,
     )
-    trainer = Trainer(model, arguments, train_dataset=pictures, data_collator=collator)
-    trainer.train(resume_from_checkpoint=whole_checkpoint(folder))
     whole = assemble(tower, instantiate(cfg.folder), dtype, token)  # the other has lost its tower
     whole.model.multi_modal_projector.load_state_dict(projector.state_dict())
     return whole
@@ -225,8 +219,16 @@ def image_processor() -> LlavaImageProcessorPil:
     return LlavaImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=side)
 
 
-def training_arguments(folder: Path, steps: int, **options) -> TrainingArguments:
-    return TrainingArguments(
+def fit(
+    model: nn.Module,
+    rows: Dataset | list[Picture],
+    folder: Path,
+    steps: int,
+    collator: NamingCollator | None = None,
+    **options,
+) -> None:
+    """Train the model, from the last whole checkpoint in `folder` if there is one."""
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         remove_unused_columns=False,
@@ -237,6 +239,8 @@ def training_arguments(folder: Path, steps: int, **options) -> TrainingArguments
         report_to="none",
         **{"save_steps": 100, "logging_steps": 20, **options},
     )
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
+    trainer.train(resume_from_checkpoint=whole_checkpoint(folder))
 
 
 def parameters(module: nn.Module) -> int:

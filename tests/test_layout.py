@@ -1,7 +1,6 @@
 """The shape of the repository: who may import whom, and what no file may contain."""
 
 import ast
-import json
 import subprocess
 from pathlib import Path
 
@@ -98,5 +97,4 @@ def test_no_registry_host_and_no_unsafe_loading():
 
 def test_base_models_name_no_path_of_a_machine():
     for path in (ROOT / "results" / "base_models").rglob("*config.json"):
-        for key, value in json.loads(path.read_text(encoding="utf-8")).items():
-            assert not str(value).startswith("/"), f"{path}: {key}"
+        assert '"/' not in path.read_text(encoding="utf-8"), path  # at any depth
