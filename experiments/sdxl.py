@@ -62,6 +62,7 @@ def fine_tune(
     cast_training_params(unet)  # the adapter in float32 on a half-precision base
     initial = adapter_state(unet)
     validation = encoded.get("validation")
+    steps = cfg.images.steps if cfg.measure else []
     metrics = train(
         DenoisingLoss(unet, DDPMScheduler.from_config(pipeline.scheduler.config)),
         create_optimizer,
@@ -69,9 +70,7 @@ def fine_tune(
         run,
         train_dataset=encoded["train"],
         eval_dataset=validation and held_out(validation, cfg.validation_draws),
-        callbacks=[
-            Snapshots(cfg.images.steps, partial(images.snapshot, count=cfg.images.at_steps))
-        ],
+        callbacks=[Snapshots(steps, partial(images.snapshot, count=cfg.images.at_steps))],
     )
     export(unet, run.path / "adapter", initial)
     return metrics | {"snapshots": images.snapshots()}

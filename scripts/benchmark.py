@@ -1,7 +1,7 @@
 """Speed and memory against the alternatives, as ratios measured side by side in one run.
 
 python scripts/benchmark.py [training_step optimizer_step shapes …]     default: all
-Writes results/benchmarks/<name>.json. Run it on an otherwise idle machine.
+Writes results/benchmarks/<name>.json, on a GPU <name>_cuda.json. Run it on an idle machine.
 """
 
 import argparse
@@ -43,6 +43,9 @@ CASES = [  # workload, rank, methods
     ),
     ("tiny_sdxl", 4, list(METHODS)),
 ]
+AT_REAL_SIZE = ["lora", "oplora", "oplora_lite", "oplora_in_graph_fused", "dora"]
+if DEVICE == "cuda":
+    CASES += [("llama_7b", 32, AT_REAL_SIZE), ("sdxl", 4, [*AT_REAL_SIZE, "opdora"])]
 
 
 def training_step() -> dict:
@@ -287,7 +290,8 @@ def main() -> int:
         result = BENCHMARKS[name]()
         result = {"threads": torch.get_num_threads(), **result, "environment": environment()}
         text = json.dumps(result, indent=1)
-        write_atomically(arguments.out / f"{name}.json", text + "\n")
+        suffix = "" if DEVICE == "cpu" else f"_{DEVICE}"
+        write_atomically(arguments.out / f"{name}{suffix}.json", text + "\n")
         result.pop("environment")
         print(json.dumps({name: result}, indent=1))
     return 0

