@@ -92,14 +92,16 @@ def parameter_report(
     shared_trunk: bool = True,
     optimizer_cls: type[Optimizer] = torch.optim.AdamW,
     moments: int = 2,
+    weight_decay: float = 0.01,
 ) -> dict[str, int]:
     """Counts of parameters and an estimate of the optimizer's memory, also of meta tensors.
 
     mlp_width: 0 for methods without MLPs. moments: tensors that the optimizer keeps per
     parameter (AdamW 2, momentum 1, SGD 0).
     `mlp_parameters` is everything in the MLPs, `mlp_output_parameters` their W2 alone, which is
-    what the paper counts. `optimizer_state_bytes` contains MLPs and moments; under AdamW the
-    moments of half of W2: of the hidden units that are expected to be active.
+    what the paper counts. `optimizer_state_bytes` contains MLPs and moments; under AdamW those
+    of half of W2, of the hidden units that are expected to be active: the moments, and without
+    weight decay the rows of W2 themselves.
     """
     blocks, others = adapter_blocks(model)
     tensors = [tensor for block in blocks for tensor in block.tensors]
@@ -108,7 +110,8 @@ def parameter_report(
     trunks = count * (z_dim + mlp_width * z_dim + mlp_width)
     output = mlp_width * adapter
     mlp = trunks + output + (adapter if mlp_width else 0)
-    with_moments = mlp - output // 2 if optimizer_cls is torch.optim.AdamW else mlp
+    inactive = output // 2 if optimizer_cls is torch.optim.AdamW else 0
+    held = mlp if weight_decay else mlp - inactive
     direct = [tensor for _, tensor in others] + ([] if mlp_width else tensors)
     direct_bytes = sum(tensor.numel() * tensor.element_size() for tensor in direct)
     return {
@@ -116,7 +119,7 @@ def parameter_report(
         "other_trained_parameters": sum(tensor.numel() for _, tensor in others),
         "mlp_parameters": mlp,
         "mlp_output_parameters": output,
-        "optimizer_state_bytes": 4 * (mlp + moments * with_moments) + moments * direct_bytes,
+        "optimizer_state_bytes": 4 * (held + moments * (mlp - inactive)) + moments * direct_bytes,
     }
 
 

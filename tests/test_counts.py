@@ -98,14 +98,15 @@ def test_counts_of_the_paper(build, rank, targets, width, millions, op_millions)
 
 
 @pytest.mark.parametrize("shared_trunk", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("cls, moments", [(torch.optim.AdamW, 2), (torch.optim.SGD, 0)])
-def test_the_report_agrees_with_the_optimizer(shared_trunk, cls, moments):
+def test_the_report_agrees_with_the_optimizer(shared_trunk, weight_decay, cls, moments):
     family = FAMILIES["decoder"]
     config = LoraConfig(
         r=4, target_modules=family.targets, use_dora=True, modules_to_save=["lm_head"]
     )
     model = get_peft_model(family.build(), config)
-    options = dict(mlp_width=32, shared_trunk=shared_trunk)
+    options = dict(mlp_width=32, shared_trunk=shared_trunk, weight_decay=weight_decay)
     report = oplora.parameter_report(model, moments=moments, optimizer_cls=cls, **options)
     optimizer = oplora.create_oplora_optimizer(model, cls, lr=1e-3, **options)
     family.loss(model).backward()
