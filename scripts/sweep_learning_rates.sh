@@ -23,7 +23,7 @@ case $experiment in
   llava_cars)
     methods=lora,oplora,full
     # at width 768 OP-LoRA's steps are some hundred times larger
-    op=1e-5,3e-5,1e-4,3e-4,1e-3 plain=1e-3,3e-3,1e-2,3e-2,1e-1 full=3e-4,1e-3,3e-3,1e-2,3e-2 ;;
+    op=1e-5,3e-5,1e-4,3e-4,1e-3 plain=1e-3,3e-3,1e-2,3e-2,1e-1 full=1e-3,3e-3,1e-2,3e-2,1e-1 ;;
   *) echo "error: $experiment is no experiment with a sweep of rates" >&2; exit 2 ;;
 esac
 sort_arguments "$@"
