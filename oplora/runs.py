@@ -6,6 +6,8 @@ hash of the config, without its `runtime` part (where and how to run, not what).
 """
 
 import contextlib
+import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -184,9 +186,12 @@ def peak_memory_bytes() -> int:
 
 def reset_peak_memory() -> None:
     """Start counting anew, for several runs in one process; where the system allows it."""
+    gc.collect()  # the last run's model may hang in a cycle
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory resident
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

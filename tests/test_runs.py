@@ -85,6 +85,25 @@ def test_a_second_process_is_refused_and_a_killed_one_frees_the_run(tmp_path):
         assert not run.finished
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot count anew")
+def test_the_memory_of_an_earlier_run_does_not_count(tmp_path):
+    """Whatever it left: garbage that only the collector finds, in pieces that glibc keeps."""
+    script = (
+        "from oplora import runs\n"
+        "model = [bytearray(50_000) for _ in range(6_000)]\n"
+        "keep = model[::2000]\n"
+        "model.append(model)\n"
+        "del model\n"
+        "before = runs.peak_memory_bytes()\n"
+        "runs.reset_peak_memory()\n"
+        "print(before - runs.peak_memory_bytes())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert int(done.stdout) > 250_000_000
+
+
 def test_metrics_hold_no_nan(tmp_path):
     with runs.open_run(config(tmp_path)) as run, pytest.raises(ValueError):
         run.finish({"loss": float("nan")})

@@ -31,8 +31,8 @@ def section(comparisons: list[Comparison], studies: Studies) -> Section:
         ),
         Table(
             "costs",
-            "Cost at the chosen rate: the shortest of the runs' training times, peak memory of the "
-            "process, parameters trained (with the MLPs') and shipped.",
+            "Cost at the chosen rate: the shortest of the runs' training times, the least of their "
+            "processes' peak memories, parameters trained (with the MLPs') and shipped.",
             costs(one_per_scale(comparisons)),
         ),
         Table(

@@ -6,6 +6,7 @@ import pandas
 
 from oplora.report.comparison import Comparison, usual
 from oplora.report.methods import (
+    CONTROLS,
     by_method,
     cited_scores,
     cited_table,
@@ -72,6 +73,7 @@ def _parts(c: Comparison, base: list[Record]) -> list:
         r for r in trained(c.every)
         if _is_scored(r)
         and c.chosen.get(r.config["method"]["name"], r.config["lr"]) == r.config["lr"]
+        and r.config["method"]["name"] not in CONTROLS
     ]  # fmt: skip
     caption = f"Validation loss after training, by learning rate; {scale}, rank {c.rank}."
     parts: list = [

@@ -11,7 +11,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from oplora.report.page import Picture, Table
-from oplora.report.statistics import mean_interval, shown
+from oplora.report.statistics import mean_interval
 from oplora.runs import Record
 
 NAMES = {
@@ -146,13 +146,14 @@ def rate_parts(name: str, caption: str, sweep: Sweep, ylabel: str, **options) ->
 def cost_cells(runs: list[Record]) -> dict[str, str | int | None]:
     """The columns that say what a method costs.
 
-    Of the times the shortest: whatever else the machine does can only add to them.
+    Of times and memory the least of the runs: what else the machine or an earlier run in the same
+    process does can only add to them.
     """
     return {
         "trained parameters": runs[0].metrics["trained_parameters"],
         "shipped parameters": runs[0].metrics["adapter_parameters"],
         "train seconds": round(min(r.metrics["train_seconds"] for r in runs)),
-        "peak memory, GB": shown([r.metrics["peak_memory_bytes"] for r in runs], 2, 1e-9),
+        "peak memory, GB": f"{min(r.metrics['peak_memory_bytes'] for r in runs) / 1e9:.2f}",
     }
 
 
