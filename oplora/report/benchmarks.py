@@ -31,7 +31,8 @@ def section(folder: Path) -> Section | None:
             f"{measured['rounds']} interleaved rounds; memory at most, in a process of its own."
         )
         parts.append(Table(name, caption, method_table(case)))
-    parts.append(Table("benchmark_aims", "The aims.", aim_table(measured["cases"]), text=True))
+    aims = aim_table(measured["cases"], _read(folder / "optimizer_step.json"))
+    parts.append(Table("benchmark_aims", "The aims.", aims, text=True))
     if sweep := _read(folder / "shapes.json"):
         parts.append(linear_cost(sweep))
     return Section("Speed and memory", parts)
@@ -64,14 +65,17 @@ def method_table(case: dict) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def aim_table(cases: list[dict]) -> pandas.DataFrame:
-    """Every aim, what was measured, and whether it was reached; SmolLM2 alone."""
+def aim_table(cases: list[dict], steps: dict | None = None) -> pandas.DataFrame:
+    """Every aim, what was measured, and whether it was reached; SmolLM2 alone.
+
+    steps: optimizer_step.json, where the MLPs in the graph are timed without a model around them,
+    whose own forward and backward pass vary by more than the MLPs take.
+    """
     rows = []
     for case in cases:
         if case["model"] != "smollm2":
             continue
         methods, rank = case["methods"], case["rank"]
-        found = {m: row["optimizer_seconds"]["median"] for m, row in methods.items()}
         step = {m: row["step_over_lora"]["median"] for m, row in methods.items()}
         extra = {m: row["peak_memory_bytes"] for m, row in methods.items()}
         extra = {m: bytes_ - extra["lora"] for m, bytes_ in extra.items()}
@@ -90,17 +94,22 @@ def aim_table(cases: list[dict]) -> pandas.DataFrame:
                 1.5,
             ),
         ]
-        for m in naive:
-            # the MLPs' own forward and backward belong to the graph's form
-            graph = methods[m]["forward_backward_seconds"]["median"]
-            graph -= methods["lora"]["forward_backward_seconds"]["median"]
-            label = f"step of the MLPs at most 1/4 of {SHOWN[m]}"
-            checks.append((label, found["oplora"] / (found[m] + graph), 0.25))
         for m in ("lora_pro", "lora_rite"):
             checks.append((f"step below {SHOWN[m]}'s", step["oplora"] / step[m], 1.0))
         for aim, value, bound in checks:
             verdict = "reached" if value <= bound else "missed"
             rows.append({"rank": rank, "aim": aim, "measured": f"{value:.3f}", "verdict": verdict})
+    for form in ("fused", "foreach") if steps else ():
+        value = 1 / steps["ratio_to_op_adamw"][f"in_graph_adamw_{form}"]
+        label = SHOWN[f"oplora_in_graph_{form}"]
+        rows.append(
+            {
+                "rank": 8,
+                "aim": f"the MLPs' own part of a step at most 1/4 of {label}",
+                "measured": f"{value:.3f}",
+                "verdict": "reached" if value <= 0.25 else "missed",
+            }
+        )
     return pandas.DataFrame(rows)
 
 
