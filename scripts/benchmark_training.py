@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from full_size_step import random_unet, sdxl_unet
+from full_size_step import ATTENTION, pooled_size, random_unet, sdxl_unet
 from omegaconf import OmegaConf
 from peft import LoraConfig
 from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
@@ -144,17 +144,15 @@ def sdxl() -> Workload:
 def _denoising(unet: UNet2DConditionModel, images: int, side: int, tokens: int) -> Workload:
     config = unet.config
     latents = (images, config.in_channels, side // 8, side // 8)
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     inputs = dict(
         latent_mean=torch.randn(latents, device=DEVICE),
         latent_std=torch.ones(latents, device=DEVICE),
         prompt_embeds=torch.randn(images, tokens, config.cross_attention_dim, device=DEVICE),
-        pooled_prompt_embeds=torch.randn(images, pooled, device=DEVICE),
+        pooled_prompt_embeds=torch.randn(images, pooled_size(unet), device=DEVICE),
         time_ids=torch.tensor([[side, side, 0, 0, side, side]] * images, device=DEVICE),
     )
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
     module = DenoisingLoss(unet, DDPMScheduler())
-    return Workload(module, targets, lambda model: model(**inputs)["loss"])
+    return Workload(module, ATTENTION, lambda model: model(**inputs)["loss"])
 
 
 WORKLOADS = {f.__name__: f for f in (smollm2, tiny_sdxl, llama_7b, sdxl)}

@@ -109,15 +109,19 @@ def random_unet(config: dict, device: str) -> UNet2DConditionModel:
     return unet
 
 
+def pooled_size(unet: UNet2DConditionModel) -> int:
+    """Values in the pooled embedding of a caption."""
+    config = unet.config
+    return config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
+
+
 def random_batch(unet: UNet2DConditionModel, resolution: int) -> dict[str, Tensor]:
     """Noisy latents, conditions and the noise to predict of one image."""
     config, side = unet.config, resolution // 8  # the VAE's factor
-    pooled = config.projection_class_embeddings_input_dim
-    pooled -= TIME_IDS * config.addition_time_embed_dim
     shapes = {
         "sample": (1, config.in_channels, side, side),
         "encoder_hidden_states": (1, 77, config.cross_attention_dim),
-        "text_embeds": (1, pooled),
+        "text_embeds": (1, pooled_size(unet)),
         "noise": (1, config.out_channels, side, side),
     }
     batch = {
