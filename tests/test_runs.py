@@ -86,7 +86,7 @@ def test_a_second_process_is_refused_and_a_killed_one_frees_the_run(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot count anew")
-def test_the_memory_of_an_earlier_run_does_not_count(tmp_path):
+def test_the_memory_of_an_earlier_run_does_not_count():
     """Whatever it left: garbage that only the collector finds, in pieces that glibc keeps."""
     script = (
         "from oplora import runs\n"

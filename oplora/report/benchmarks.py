@@ -71,7 +71,7 @@ def aim_table(cases: list[dict], steps: dict | None = None) -> pandas.DataFrame:
     steps: optimizer_step.json, where the MLPs in the graph are timed without a model around them,
     whose own forward and backward pass vary by more than the MLPs take.
     """
-    rows = []
+    found = []
     for case in cases:
         if case["model"] != "smollm2":
             continue
@@ -96,21 +96,19 @@ def aim_table(cases: list[dict], steps: dict | None = None) -> pandas.DataFrame:
         ]
         for m in ("lora_pro", "lora_rite"):
             checks.append((f"step below {SHOWN[m]}'s", step["oplora"] / step[m], 1.0))
-        for aim, value, bound in checks:
-            verdict = "reached" if value <= bound else "missed"
-            rows.append({"rank": rank, "aim": aim, "measured": f"{value:.3f}", "verdict": verdict})
+        found += [(rank, *check) for check in checks]
     for form in ("fused", "foreach") if steps else ():
-        value = 1 / steps["ratio_to_op_adamw"][f"in_graph_adamw_{form}"]
-        label = SHOWN[f"oplora_in_graph_{form}"]
-        rows.append(
-            {
-                "rank": 8,
-                "aim": f"the MLPs' own part of a step at most 1/4 of {label}",
-                "measured": f"{value:.3f}",
-                "verdict": "reached" if value <= 0.25 else "missed",
-            }
-        )
-    return pandas.DataFrame(rows)
+        aim = f"the MLPs' own part of a step at most 1/4 of {SHOWN[f'oplora_in_graph_{form}']}"
+        found.append((8, aim, 1 / steps["ratio_to_op_adamw"][f"in_graph_adamw_{form}"], 0.25))
+    return pandas.DataFrame(
+        {
+            "rank": rank,
+            "aim": aim,
+            "measured": f"{value:.3f}",
+            "verdict": "reached" if value <= bound else "missed",
+        }
+        for rank, aim, value, bound in found
+    )
 
 
 def linear_cost(sweep: dict) -> Table:
