@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from oplora.optimizer import OPOptimizer
-from oplora.rank1 import foreach_rank1_adamw_
+from oplora.rank1 import adamw_, foreach_rank1_adamw_
 from oplora.stack import MLPStack
 
 
@@ -15,8 +15,9 @@ class OPAdamW(OPOptimizer):
     """AdamW on MLPs that predict the given tensors: OP-LoRA at the price of its W2.
 
     Equal to `OPOptimizer(params, torch.optim.AdamW, …)`, but the rank-1 gradient h ⊗ g of W2 is
-    formed a few rows at a time in a scratch that stays in cache, and moments exist only for rows
-    whose unit was ever on (about half of them). Other arguments: `OPOptimizer`.
+    formed a few rows at a time in a scratch that stays in cache, moments exist only for rows
+    whose unit was ever on (about half of them), and z, W1, b1 and b2 of all blocks are updated
+    in one call. Other arguments: `OPOptimizer`.
     """
 
     _compact = True
@@ -32,56 +33,111 @@ class OPAdamW(OPOptimizer):
         maximize: bool = False,
         **mlp_options: Any,
     ):
-        self._moments: dict[int, dict[str, Tensor]] = {}  # by id of W2
+        self._states: dict[int, dict[str, Tensor]] = {}  # by id of a tensor: step and moments
+        self._uneven: set[MLPStack] = set()  # whose blocks have made different numbers of steps
         adam = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         super().__init__(params, torch.optim.AdamW, **adam, fused=True, **mlp_options)
 
     def _inner_parameters(self, stack: MLPStack) -> list[Tensor]:
-        return [tensor for trunk in stack.trunks for tensor in trunk.values()]
+        return []
 
-    def _update_W2(self, stack: MLPStack, members: list[int], gs: list[Tensor], group: dict):
-        states = [self._moments_of(stack, i) for i in members]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        rows = stack.rows()
+    def _update(self, stack: MLPStack, members: list[int], g: Tensor, trunk: tuple, group: dict):
+        """AdamW on everything but W2."""
+        if not members:
+            return
+        if id(stack.z) not in self._states:
+            self._allocate(stack)
+        if len(members) < len(stack.blocks):
+            self._uneven.add(stack)
+        torch._foreach_add_([self._state_of(stack.trunks[i]["z"])["step"] for i in members], 1)
+        gradients = dict(zip(stack.stacked, [*trunk, g], strict=True))
+        chosen = [(stack.stacked, gradients)]
+        if stack in self._uneven:
+            by_block = stack.per_block(gradients)
+            chosen = [(stack.trunks[i], by_block[i]) for i in members]
+        tensors = [tensor for tensors, _ in chosen for tensor in tensors.values()]
+        gradients = [gradient for _, gradients in chosen for gradient in gradients.values()]
+        states = [self._state_of(tensor) for tensor in tensors]
+        adamw_(tensors, gradients, **_lists(states), **_options(group))
+
+    def _predict(self, stack: MLPStack, members: list[int], g: Tensor, group: dict):
+        """AdamW on W2, and what the MLP predicts with it while it is in the cache."""
+        if not members:
+            return
+        before = stack.h
+        stack.refresh()
+        if group["weight_decay"]:
+            stack.decay(members, 1 - group["lr"] * group["weight_decay"])
+        rows, gs = stack.rows(before), g.split(stack.sizes)
         foreach_rank1_adamw_(
             [stack.W2[i] for i in members],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [rows[i] for i in members],
-            gs,
-            [state["step"] for state in states],
-            **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")},
+            hs=[rows[i] for i in members],
+            gs=[gs[i] for i in members],
+            updated=lambda k: stack.output(members[k]),
+            **_lists([self._state_of_W2(stack, i) for i in members]),
+            **_options(group),
         )
-        if group["weight_decay"]:
-            for i in members:
-                stack.rest[i] = stack.inactive(i)
-            shrink = 1 - group["lr"] * group["weight_decay"]
-            torch._foreach_mul_([stack.rest[i] for i in members], shrink)
+        stack.write(members)
 
-    def _moments_of(self, stack: MLPStack, i: int) -> dict[str, Tensor]:
+    # State
+
+    def _allocate(self, stack: MLPStack):
+        """Zero moments of all blocks together, and the same block by block."""
+        steps = [torch.zeros((), device=stack.device) for _ in stack.blocks]
+        moments = [
+            {name: torch.zeros_like(tensor) for name, tensor in stack.stacked.items()}
+            for _ in range(2)
+        ]
+        whole = (steps[0], stack.stacked, *moments)
+        by_block = zip(steps, stack.trunks, *map(stack.per_block, moments), strict=True)
+        for step, tensors, exp_avg, exp_avg_sq in [whole, *by_block]:
+            for name, tensor in tensors.items():
+                state = dict(step=step, exp_avg=exp_avg[name], exp_avg_sq=exp_avg_sq[name])
+                self._states[id(tensor)] = state
+
+    def _state_of_W2(self, stack: MLPStack, i: int) -> dict[str, Tensor]:
         """Moments of the rows of W2 that were ever on; new rows start at zero."""
         W2, n = stack.W2[i], stack.active[i]
-        state = self._moments.setdefault(id(W2), {})
-        if not state:
-            state["step"] = torch.zeros((), device=W2.device)
-            state["exp_avg"] = state["exp_avg_sq"] = W2.new_zeros(0, W2.shape[1])
+        empty = W2.new_zeros(0, W2.shape[1])
+        state = self._states.setdefault(id(W2), dict(exp_avg=empty, exp_avg_sq=empty))
+        state["step"] = self._state_of(stack.trunks[i]["z"])["step"]
         if missing := n - len(state["exp_avg"]):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.cat([state[name], W2.new_zeros(missing, W2.shape[1])])
         return state
 
-    def _state_of(self, tensor: Tensor) -> dict:
-        return self._moments.get(id(tensor)) or super()._state_of(tensor)
+    def _state_of(self, tensor: Tensor) -> dict[str, Tensor]:
+        return self._states.get(id(tensor)) or super()._state_of(tensor)
 
     def _load_inner(self, state: dict[int, dict]):
         super()._load_inner(state)
-        self._moments = {
-            id(W2): {
-                # `step` stays fp32 like torch's; moments follow W2 whatever they were saved on
-                name: value.to(W2.device, torch.float32 if name == "step" else W2.dtype)
-                for name, value in state[id(W2)].items()
-            }
-            for stack in self.stacks
-            for W2 in stack.W2
-            if id(W2) in state
-        }
+        self._states, self._uneven = {}, set()
+        for stack in self.stacks:
+            saved = [
+                (tensor, state[id(tensor)])
+                for i in range(len(stack.blocks))
+                for tensor in self._stateful(stack, i).values()
+                if id(tensor) in state
+            ]
+            if not saved:
+                continue
+            self._allocate(stack)
+            for tensor, values in saved:
+                mine = self._states.get(id(tensor))
+                if mine is None:  # of W2: moments follow it, whatever they were saved on
+                    moments = {key: values[key].to(tensor) for key in ("exp_avg", "exp_avg_sq")}
+                    self._states[id(tensor)] = moments
+                else:
+                    for key, value in mine.items():
+                        value.copy_(values[key])
+            if len({float(self._state_of(trunk["z"])["step"]) for trunk in stack.trunks}) > 1:
+                self._uneven.add(stack)
+
+
+def _lists(states: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    names = dict(exp_avgs="exp_avg", exp_avg_sqs="exp_avg_sq", steps="step")
+    return {plural: [state[name] for state in states] for plural, name in names.items()}
+
+
+def _options(group: dict) -> dict[str, Any]:
+    return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")}

@@ -145,7 +145,8 @@ class BlockOptimizer(Optimizer):
     def state_bytes(self) -> int:
         """Bytes of MLPs and optimizer state on this rank now."""
         mlp = [t for stack in self.stacks for t in stack.held()]
-        stateful = [*self.inner.state, *(W2 for s in self.stacks for W2 in s.W2)]
+        mine = [(s, i) for s in self.stacks for i in range(len(s.blocks))]
+        stateful = [*self.inner.state, *(t for s, i in mine for t in self._stateful(s, i).values())]
         states = {id(t): self._state_of(t) for t in stateful}.values()
         moments = [t for state in states for t in state.values() if torch.is_tensor(t)]
         return sum(t.numel() * t.element_size() for t in mlp + moments)

@@ -12,15 +12,15 @@ remember how large h was. Not exact: rows whose h_j move differently, and units 
 later, which share S from their first step on.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oplora.adamw import OPAdamW
 from oplora.mlp import MLPWeights, hidden, pullback
-from oplora.optimizer import OPOptimizer
 from oplora.peft import oplora_groups
 from oplora.shards import local
 from oplora.stack import MLPStack
@@ -40,6 +40,7 @@ class LiteStack(MLPStack):
         # for every block the units whose rows are kept; columns of W2_0 and these rows of them
         self._first: list[tuple[Tensor, list[tuple[slice, Tensor]]]] = []
         super().__init__(blocks, names, starts, width=width, dtype=dtype, **options)
+        self.active = [1] * len(blocks)  # S
 
     def _initial_block(self, *drawn) -> MLPWeights:
         mlp, i = super()._initial_block(*drawn), len(self._first)
@@ -64,17 +65,16 @@ class LiteStack(MLPStack):
             self._first[i] = self._keep(i, super()._initial_block(*self._drawn[i]).W2)
         return h
 
-    def _predict(self):
+    def refresh(self):
         self.h = self._hidden()
-        for i, (total, part) in enumerate(
-            zip(self.h.sum(1), self.theta.split(self.sizes), strict=True)
-        ):
-            torch.mul(self.W2[i][0], total, out=part)
-            units, kept = self._first[i]
-            h = self.h[i, units] * self.shrink[i]
-            for columns, rows in kept:
-                part[columns].addmv_(rows.T, h)
-        self.theta += self.b2
+        self._total = self.h.sum(1)
+
+    def output(self, i: int):
+        theta = torch.mul(self.W2[i][0], self._total[i], out=self._theta_blocks[i])
+        units, kept = self._first[i]
+        h = self.h[i, units] * self.shrink[i]
+        for columns, rows in kept:
+            theta[columns].addmv_(rows.T, h)
 
     def backward(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dh = torch.zeros_like(self.h)
@@ -84,9 +84,13 @@ class LiteStack(MLPStack):
             dh[i, units] = self.W2[i][0] @ part + self.shrink[i] * of_first
         return pullback(self._all_reduce(dh), self.z, self.W1, self.h)
 
-    def mean_active(self) -> Tensor:
-        """Mean of every block's h_j above zero; 0 where there is none."""
-        return self.h.sum(1) / (self.h > 0).sum(1).clamp(min=1)
+    def rows(self, h: Tensor) -> list[Tensor]:
+        """S's gradient is g times the mean of every block's h_j above zero."""
+        means = h.sum(1, keepdim=True) / (h > 0).sum(1, keepdim=True).clamp(min=1)
+        return list(means)
+
+    def decay(self, members: Sequence[int], factor: float):
+        self.shrink[members] *= factor
 
     @property
     def mlp_parameters(self) -> int:
@@ -109,33 +113,14 @@ class LiteStack(MLPStack):
         self._first[i] = self._keep(i, super()._initial_block(*self._drawn[i]).W2)
 
 
-class OPAdamWLite(OPOptimizer):
+class OPAdamWLite(OPAdamW):
     """AdamW on MLPs with less than a third of `OPAdamW`'s state, approximately (see above).
 
     It resumes with the seed and MLP options it was built with. Arguments: `oplora.OPAdamW`.
     """
 
+    _compact = False
     _stack_cls = LiteStack
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-        **mlp_options: Any,
-    ):
-        adam = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        super().__init__(params, torch.optim.AdamW, **adam, fused=True, **mlp_options)
-
-    def _update_W2(self, stack: LiteStack, members: list[int], gs: list[Tensor], group: dict):
-        means = stack.mean_active()
-        for i, g in zip(members, gs, strict=True):
-            stack.W2[i].grad = g[None] * means[i]
-        stack.shrink[members] *= 1 - group["lr"] * group["weight_decay"]
 
     def load_state_dict(self, state_dict: dict[str, Any]):
         for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):

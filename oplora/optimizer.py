@@ -93,10 +93,6 @@ class OPOptimizer(BlockOptimizer):
         for index, inner in zip(self._outer, self.inner.param_groups, strict=True):
             outer = self.param_groups[index]
             inner.update({key: outer[key] for key in self.inner.defaults})
-        gradients = [stack.gradient() for stack in self.stacks]
-        if not self._finite(gradients):
-            self.skipped_steps += 1
-            return loss
         for stack in self.stacks:
             if names := stack.absorb_edits(refuse=self.edited == "raise"):
                 warnings.warn(
@@ -104,35 +100,41 @@ class OPOptimizer(BlockOptimizer):
                     f"(first: {names[0]}); the MLPs go on from the new values",
                     stacklevel=2,
                 )
+        gradients = [stack.gradient() for stack in self.stacks]
+        if not self._finite(gradients):
+            self.skipped_steps += 1
+            return loss
         trunks = [stack.backward(g) for stack, g in zip(self.stacks, gradients, strict=True)]
         if self.clip == "mlp":
             self._clip(gradients, trunks)
-        work = zip(self.stacks, self._inner_group, gradients, trunks, strict=True)
-        for stack, number, g, (dz, dW1, db1) in work:
-            group = self.inner.param_groups[number]
-            parts, members = g.split(stack.sizes), stack.participating()
-            of_trunks = list(zip(dz, dW1, db1, parts, strict=True))
-            for i in members:
-                for tensor, gradient in zip(stack.trunks[i].values(), of_trunks[i], strict=True):
-                    tensor.grad = gradient
-            if members:
-                self._update_W2(stack, members, [parts[i] for i in members], group)
+        groups = [self.inner.param_groups[number] for number in self._inner_group]
+        members = [stack.participating() for stack in self.stacks]
+        work = list(zip(self.stacks, members, gradients, groups, strict=True))
+        for (stack, blocks, g, group), trunk in zip(work, trunks, strict=True):
+            self._update(stack, blocks, g, trunk, group)
         self.inner.step()
         for index, inner in zip(self._outer, self.inner.param_groups, strict=True):
             # Prodigy keeps its learning rate in the groups
             self.param_groups[index].update({key: inner[key] for key in self.inner.defaults})
-        for stack in self.stacks:
-            stack.predict(stack.participating())
-            for tensor in self._inner_parameters(stack):
-                tensor.grad = None
+        for stack, blocks, g, group in work:
+            self._predict(stack, blocks, g, group)
         self._trained = True
         return loss
 
-    def _update_W2(self, stack: MLPStack, members: list[int], gs: list[Tensor], group: dict):
-        """Hand these blocks' gradients of W2 to the inner optimizer; gs: of their outputs."""
-        rows = stack.rows()
-        for i, g in zip(members, gs, strict=True):
-            stack.W2[i].grad = torch.outer(rows[i], g)
+    def _update(self, stack: MLPStack, members: list[int], g: Tensor, trunk: tuple, group: dict):
+        """Hand the gradients of these blocks' MLPs to the inner optimizer."""
+        rows, parts = stack.rows(stack.h), g.split(stack.sizes)
+        gradients = stack.per_block(dict(zip(stack.stacked, (*trunk, g), strict=True)))
+        for i in members:
+            for name, tensor in stack.trunks[i].items():
+                tensor.grad = gradients[i][name]
+            stack.W2[i].grad = torch.outer(rows[i], parts[i])
+
+    def _predict(self, stack: MLPStack, members: list[int], g: Tensor, group: dict):
+        """Write what the updated MLPs of these blocks predict; g is lost."""
+        stack.predict(members)
+        for tensor in self._inner_parameters(stack):
+            tensor.grad = None
 
     def _finite(self, gradients: list[Tensor]) -> bool:
         for stack, g in zip(self.stacks, gradients, strict=True):

@@ -4,15 +4,15 @@ W (rows, P), h (rows,), g (P,), or all with one leading dimension for members of
 matrix factorization study updates all its runs in one call.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 # Values in the scratch that holds pieces of the gradient. On a CPU small enough to stay in the
-# L2 cache (or close), large enough to hide the calls; elsewhere what keeps the device busy.
-SCRATCH = 2**18
+# cache, large enough to hide the calls; elsewhere what keeps the device busy.
+SCRATCH = 2**20
 SCRATCH_OTHERWISE = 2**24
 
 
@@ -60,7 +60,7 @@ def rank1_adamw_(
     for part, rate in _equal_rates(rates, most):
         gradient = h[part].unsqueeze(-1) * g[part].unsqueeze(-2)
         piece = ([W[part]], [gradient], [exp_avg[part]], [exp_avg_sq[part]], [step])
-        _adamw_(*piece, lr=rate, **adam)
+        adamw_(*piece, lr=rate, **adam)
 
 
 def foreach_rank1_adamw_(
@@ -72,11 +72,13 @@ def foreach_rank1_adamw_(
     steps: Sequence[Tensor],
     *,
     lr: float,
+    updated: Callable[[int], None] | None = None,
     **adam: Any,
 ):
     """`rank1_adamw_` on many matrices of one device and dtype, as many a call as fit the scratch.
 
-    steps count this update too. adam: betas, eps, weight_decay, maximize and `fused`: use torch's
+    steps count this update too. updated(k) is called when matrix k is through and may still be
+    in the cache. adam: betas, eps, weight_decay, maximize and `fused`: use torch's
     fused kernel (bit-identical to `AdamW(fused=True)` on the whole gradient if P is a multiple
     of 16: the kernel rounds the last values of an odd length differently) or public operations;
     None takes the kernel where torch has it.
@@ -85,29 +87,39 @@ def foreach_rank1_adamw_(
         return
     scratch = Ws[0].new_empty(min(_scratch_values(Ws[0]), sum(W.numel() for W in Ws)))
     matrices = list(zip(Ws, exp_avgs, exp_avg_sqs, hs, gs, steps, strict=True))
-    for batch in _batches(matrices, len(scratch)):
-        W, exp_avg, exp_avg_sq, h, g, step = map(list, zip(*batch, strict=True))
+    for batch, complete in _batches(matrices, len(scratch)):
         gradients, used = [], 0
-        for rows, columns in zip(h, g, strict=True):
-            gradient = scratch[used : used + len(rows) * len(columns)].view(len(rows), -1)
-            gradients.append(torch.outer(rows, columns, out=gradient))
+        for *_, h, g, _ in batch:
+            gradient = scratch[used : used + len(h) * len(g)].view(len(h), -1)
+            gradients.append(torch.outer(h, g, out=gradient))
             used += gradient.numel()
-        _adamw_(W, gradients, exp_avg, exp_avg_sq, step, lr=lr, **adam)
+        if batch:
+            W, exp_avg, exp_avg_sq, _, _, step = map(list, zip(*batch, strict=True))
+            adamw_(W, gradients, exp_avg, exp_avg_sq, step, lr=lr, **adam)
+        if updated:
+            for k in complete:
+                updated(k)
 
 
-def _batches(matrices: list[tuple[Tensor, ...]], most: int) -> Iterator[list[tuple[Tensor, ...]]]:
-    """The matrices (W, exp_avg, exp_avg_sq, h, g, step), together `most` values at a time."""
-    batch, free = [], most
-    for matrix in matrices:
+def _batches(
+    matrices: list[tuple[Tensor, ...]], most: int
+) -> Iterator[tuple[list[tuple[Tensor, ...]], list[int]]]:
+    """Pieces of (W, exp_avg, exp_avg_sq, h, g, step), `most` values at a time.
+
+    With each batch the numbers of the matrices of which it is the last.
+    """
+    batch, complete, free = [], [], most
+    for number, matrix in enumerate(matrices):
         for piece in _pieces(*matrix, most):
             size = piece[0].numel()
             if size > free:
-                yield batch
-                batch, free = [], most
+                yield batch, complete
+                batch, complete, free = [], [], most
             batch.append(piece)
             free -= size
-    if batch:
-        yield batch
+        complete.append(number)
+    if complete:
+        yield batch, complete
 
 
 def _pieces(W, exp_avg, exp_avg_sq, h, g, step, most: int) -> Iterator[tuple[Tensor, ...]]:
@@ -133,7 +145,7 @@ def _equal_rates(rates: list[float], most: int) -> Iterator[tuple[slice, float]]
             start = i
 
 
-def _adamw_(
+def adamw_(
     Ws: list[Tensor],
     gradients: list[Tensor],
     exp_avgs: list[Tensor],
@@ -147,7 +159,7 @@ def _adamw_(
     maximize: bool = False,
     fused: bool | None = None,
 ):
-    """AdamW on contiguous tensors whose gradients may be overwritten."""
+    """AdamW on contiguous tensors; arguments as of `foreach_rank1_adamw_`."""
     if fused is None:
         fused = hasattr(torch, "_fused_adamw_") and Ws[0].device.type != "mps"
     if fused:
@@ -171,10 +183,10 @@ def _adamw_(
         Ws, gradients, exp_avgs, exp_avg_sqs, map(float, steps), strict=True
     ):
         if maximize:
-            g.neg_()
+            g = -g
         if weight_decay:
             W.mul_(1 - lr * weight_decay)
         exp_avg.lerp_(g, 1 - betas[0])
         exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        denominator = torch.sqrt(exp_avg_sq, out=g).div_((1 - betas[1] ** step) ** 0.5).add_(eps)
+        denominator = exp_avg_sq.sqrt().div_((1 - betas[1] ** step) ** 0.5).add_(eps)
         W.addcdiv_(exp_avg, denominator, value=-lr / (1 - betas[0] ** step))

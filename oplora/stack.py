@@ -69,11 +69,15 @@ class MLPStack:
         # Rows of units that never were on, unless they are as they were drawn.
         self.rest: list[Tensor | None] = [None] * len(mlps)
         self._link_views()
-        flat = [torch.empty_like(self.b2) for _ in range(3)]  # reused by every step
-        self.theta, self.written, self._g = flat
-        self._theta_parts, self._written_parts, self._g_parts = map(self._parts, flat)
+        dtypes = {t.dtype for t in self.tensors}
+        self._one_dtype = len(dtypes) == 1
+        self.written = torch.empty_like(self.b2, dtype=dtypes.pop() if self._one_dtype else dtype)
+        # One buffer for both: a block's theta is predicted when its gradient g is used up.
+        self.theta = self._g = torch.empty_like(self.b2)
+        self._written_parts, self._theta_parts = self._parts(self.written), self._parts(self.theta)
+        self._theta_blocks = self.theta.split(self.sizes)
         self.accept()
-        self._predict()
+        self._predict_all()
         if adopt:
             self._expect_theta([s != "keep" for start in self.starts for s in start])
         else:
@@ -96,11 +100,18 @@ class MLPStack:
         return [not flag for flag in self._all_reduce(nonzero).tolist()]
 
     def _link_views(self):
-        """Per-block tensors over the stacked storage: what a torch optimizer is given."""
-        self.b2_parts = list(self.b2.split(self.sizes))
-        self.trunks = [
-            dict(z=self.z[i], W1=self.W1[i], b1=self.b1[i], b2=self.b2_parts[i])
-            for i in range(len(self.blocks))
+        self.stacked = dict(z=self.z, W1=self.W1, b1=self.b1, b2=self.b2)  # in backward's order
+        self.trunks = self.per_block(self.stacked)
+
+    def per_block(self, stacked: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Views of tensors like `self.stacked`, block by block: what a torch optimizer is given."""
+        views = {
+            name: tensor.unbind() if name in ("z", "W1", "b1") else tensor.split(self.sizes, -1)
+            for name, tensor in stacked.items()
+        }
+        return [
+            dict(zip(views, of_block, strict=True))
+            for of_block in zip(*views.values(), strict=True)
         ]
 
     def _all_reduce(self, value: Tensor) -> Tensor:
@@ -126,7 +137,8 @@ class MLPStack:
         if not all(given):
             self._g.zero_()
         if any(given):
-            torch._foreach_copy_(list(compress(self._g_parts, given)), list(compress(grads, given)))
+            parts = list(compress(self._theta_parts, given))
+            torch._foreach_copy_(parts, list(compress(grads, given)))
         return self._g
 
     def absorb_edits(self, refuse: bool) -> list[str]:
@@ -135,10 +147,11 @@ class MLPStack:
         b2 moves by the difference, so the MLP predicts the new values. Returns the edited
         tensors' names; raises RuntimeError if `refuse`, or if the new values are not finite.
         """
-        current = self._read(into=self.theta)  # predicted anew before anyone asks for it
-        if torch.equal(current, self.written):
+        torch._foreach_copy_(self._theta_parts, self._values())
+        if self.theta.sub_(self.written).abs_().sum() == 0:
             return []
-        change = current - self.written
+        torch._foreach_copy_(self._theta_parts, self._values())
+        change = self.theta - self.written
         names = [name for block_names in self.names for name in block_names]
         parts = (self._parts(x) for x in (change, self.written, self.b2))
         edited = [
@@ -157,11 +170,12 @@ class MLPStack:
                 "optimizer after loading or merging, or use edited='absorb'"
             )
         self.b2 += change
+        self.accept()
         return edited
 
     def accept(self):
         """Take what the tensors hold now for the MLPs' own output: it will not count as edited."""
-        self._read(into=self.written)
+        torch._foreach_copy_(self._written_parts, self._values())
 
     def backward(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the stacked z, W1, b1 from the flat g."""
@@ -172,9 +186,9 @@ class MLPStack:
         dh = torch.zeros_like(dh).scatter_(1, self.order, self._all_reduce(dh))
         return pullback(dh, self.z, self.W1, self.h)
 
-    def rows(self) -> list[Tensor]:
-        """h of every block in the order of its W2 rows: dL/dW2 = rows ⊗ g."""
-        ordered = self.h.gather(1, self.order)
+    def rows(self, h: Tensor) -> list[Tensor]:
+        """h (blocks, width) of every block in the order of its W2 rows: dL/dW2 = rows ⊗ g."""
+        ordered = h.gather(1, self.order)
         return [row[:n] for row, n in zip(ordered, self.active, strict=True)]
 
     def squared_norm(self, g: Tensor, trunk: Sequence[Tensor]) -> Tensor:
@@ -185,9 +199,31 @@ class MLPStack:
 
     def predict(self, members: Sequence[int]):
         """theta from the present MLPs, written into these blocks' tensors in place."""
-        self._predict()
-        members = set(members)
-        self._write([i in members for i, block in enumerate(self.blocks) for _ in block])
+        self.refresh()
+        for i in members:
+            self.output(i)
+        self.write(members)
+
+    def refresh(self):
+        """h from the present trunks; W2 gets the rows of units that are on for the first time."""
+        self.h = self._hidden()
+        self._rows = self.rows(self.h)
+
+    def decay(self, members: Sequence[int], factor: float):
+        """Weight decay of what no gradient reaches: rows of units that never were on."""
+        for i in members:
+            self.rest[i] = self.inactive(i)
+        torch._foreach_mul_([self.rest[i] for i in members], factor)
+
+    def output(self, i: int):
+        """theta of block i without b2, from its present W2; its gradient g is lost."""
+        torch.mv(self.W2[i].T, self._rows[i], out=self._theta_blocks[i])
+
+    def write(self, members: Sequence[int]):
+        """theta of these blocks, of which `output` was called, into their tensors in place."""
+        self.theta += self.b2
+        chosen = set(members)
+        self._write([i in chosen for i, block in enumerate(self.blocks) for _ in block])
 
     # State
 
@@ -244,7 +280,7 @@ class MLPStack:
 
     def loaded(self):
         """After `load` of all blocks: the tensors are expected to hold the MLPs' values."""
-        self._predict()
+        self._predict_all()
         self._expect_theta([True] * len(self.tensors))
 
     # Inner pieces
@@ -278,17 +314,14 @@ class MLPStack:
             if self.rest[i] is not None:
                 self.rest[i] = rest[count:].clone()
 
-    def _predict(self):
-        """h and theta from the present MLPs."""
-        self.h = self._hidden()
-        for i, (h, part) in enumerate(zip(self.rows(), self.theta.split(self.sizes), strict=True)):
-            torch.mv(self.W2[i].T, h, out=part)
+    def _predict_all(self):
+        self.refresh()
+        for i in range(len(self.blocks)):
+            self.output(i)
         self.theta += self.b2
 
-    def _read(self, into: Tensor) -> Tensor:
-        parts = self._theta_parts if into is self.theta else self._written_parts
-        torch._foreach_copy_(parts, [local(t).detach() for t in self.tensors])
-        return into
+    def _values(self) -> list[Tensor]:
+        return [local(t).detach() for t in self.tensors]
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         mine = [local(t) for t in self.tensors]
@@ -296,12 +329,14 @@ class MLPStack:
         return [part.view(t.shape) for part, t in zip(parts, mine, strict=True)]
 
     def _write(self, mask: Sequence[bool]):
-        mine = [local(t).detach() for t in self.tensors]
-        lists = (mine, self._theta_parts, self._written_parts)
-        mine, values, written = (list(compress(x, mask)) for x in lists)
-        if mine:
-            torch._foreach_copy_(mine, values)
-            torch._foreach_copy_(written, mine)
+        lists = (self._values(), self._theta_parts, self._written_parts)
+        values, theta, written = (list(compress(x, mask)) for x in lists)
+        if values:
+            torch._foreach_copy_(values, theta)
+        if all(mask) and self._one_dtype:
+            self.written.copy_(self.theta)  # rounds as the tensors did
+        elif values:
+            torch._foreach_copy_(written, values)
 
 
 def _eps(tensor: Tensor) -> float:

@@ -93,11 +93,12 @@ def traffic_bytes(optimizer: OPOptimizer) -> int:
     """What an exact step of OPAdamW reads and writes at least, without weight decay, in fp32.
 
     Per value of an active row of W2: 4 bytes for dL/dh, 24 to read and write it and both
-    moments, 4 to predict. Per adapter value: the gradient, b2 and its moments, and the tensor,
-    which is compared with what was written into it and written again: 44 bytes.
+    moments; what is predicted comes from the cache. Per adapter value: the gradient, b2 and its
+    moments, and the tensor, which is compared with what was written into it and written again:
+    44 bytes.
     """
     active = sum(n * p for s in optimizer.stacks for n, p in zip(s.active, s.sizes, strict=True))
-    return 32 * active + 44 * optimizer.adapter_parameters
+    return 28 * active + 44 * optimizer.adapter_parameters
 
 
 def triad(values: int = 40_000_000) -> float:

@@ -101,7 +101,7 @@ def test_traffic_is_counted_by_hand():
     optimizer = oplora.OPAdamW(blocks, start="paper", mlp_width=8)
     (active,) = optimizer.stacks[0].active
     assert 0 < active < 8
-    assert benchmark.traffic_bytes(optimizer) == 32 * active * 27 + 44 * 27
+    assert benchmark.traffic_bytes(optimizer) == 28 * active * 27 + 44 * 27
 
 
 def test_a_file_has_every_method_and_its_tables(results):

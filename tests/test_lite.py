@@ -95,7 +95,7 @@ def test_units_that_wake_up_bring_the_rows_they_were_drawn_with():
     (stack,), (full,) = optimizer.stacks, exact.stacks
     before = stack.on.clone()
     stack.b1 += 10.0  # all on
-    stack._predict()
+    stack.refresh()
     assert stack.on.all() and not before.all()
     for i in range(2):
         state = full.state(i)

@@ -56,7 +56,7 @@ def reference(data, start, **kw):
     return mlps
 
 
-def lockstep(make, make_reference, start, steps=20, loss=losses, closure=False):
+def lockstep(make, make_reference, start, steps=20, loss=losses):
     data = blocks(start=start)
     mlps = reference(data, starts(start))
     ours = make(data, mlp_width=WIDTH, z_dim=8, start=starts(start))
@@ -114,6 +114,25 @@ def test_any_torch_optimizer_equals_the_mlp_in_the_graph(cls, options, start):
         lambda params: cls(params, **options),
         start,
     )
+
+
+@pytest.mark.parametrize("form", [oplora.OPAdamW, oplora.OPOptimizer])
+def test_blocks_that_sit_steps_out_equal_the_mlp_in_the_graph(form):
+    calls = []
+
+    def loss(all_blocks):  # called for ours, then for the reference
+        calls.append(None)
+        step = (len(calls) - 1) // 2
+        return losses(all_blocks[::2] if step % 3 else all_blocks)
+
+    options = dict(lr=0.03, weight_decay=0.1)
+    lockstep(
+        lambda data, **kw: form(data, **options, **kw),
+        lambda params: torch.optim.AdamW(params, **options),
+        "paper",
+        loss=loss,
+    )
+    assert len(calls) == 40
 
 
 def test_one_mlp_per_tensor_is_two_trunks():
