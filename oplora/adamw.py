@@ -114,22 +114,20 @@ class OPAdamW(OPOptimizer):
         self._states, self._uneven = {}, set()
         for stack in self.stacks:
             saved = [
-                (tensor, state[id(tensor)])
+                (i, name, state[id(tensor)])
                 for i in range(len(stack.blocks))
-                for tensor in self._stateful(stack, i).values()
+                for name, tensor in self._stateful(stack, i).items()
                 if id(tensor) in state
             ]
             if not saved:
                 continue
             self._allocate(stack)
-            for tensor, values in saved:
-                mine = self._states.get(id(tensor))
-                if mine is None:  # of W2: moments follow it, whatever they were saved on
-                    moments = {key: values[key].to(tensor) for key in ("exp_avg", "exp_avg_sq")}
-                    self._states[id(tensor)] = moments
-                else:
-                    for key, value in mine.items():
-                        value.copy_(values[key])
+            for i, name, values in saved:
+                trunk = stack.trunks[i]
+                mine = self._state_of(trunk[name]) if name in trunk else self._state_of_W2(stack, i)
+                for key, value in mine.items():
+                    # another device may round a unit of W2 on that has no moments yet
+                    (value[: len(values[key])] if value.ndim else value).copy_(values[key])
             if len({float(self._state_of(trunk["z"])["step"]) for trunk in stack.trunks}) > 1:
                 self._uneven.add(stack)
 
