@@ -38,6 +38,14 @@ class OPAdamW(OPOptimizer):
         adam = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         super().__init__(params, torch.optim.AdamW, **adam, fused=True, **mlp_options)
 
+    def add_param_group(self, group: dict):
+        if group.get("amsgrad", self.defaults.get("amsgrad")):
+            raise ValueError(
+                "amsgrad needs the whole gradient of W2: use "
+                "oplora.OPOptimizer(params, torch.optim.AdamW, amsgrad=True)"
+            )
+        super().add_param_group(group)
+
     def _inner_parameters(self, stack: MLPStack) -> list[Tensor]:
         return []
 

@@ -21,7 +21,7 @@ class BlockOptimizer(Optimizer):
     params, mlp_options, optimizer_kwargs: `oplora.optimizer.OPOptimizer`.
     """
 
-    _compact = False  # stacks keep the gradient of the whole W2
+    _compact = False  # stacks keep all rows of W2, for any inner optimizer
     _stack_cls = MLPStack
 
     def __init__(
@@ -62,11 +62,12 @@ class BlockOptimizer(Optimizer):
         for block, block_names in zip(blocks, names, strict=True):
             for tensor, name in zip(block, block_names, strict=True):
                 check_tensor(tensor, name, known)
-        super().add_param_group(group)
-        start = self.param_groups[index].pop("start")
+        start = group.get("start", self.defaults["start"])
         starts = [start] * len(blocks) if isinstance(start, str) else list(start)
         if len(starts) != len(blocks):
             raise ValueError(f"start lists {len(starts)} blocks, the group has {len(blocks)}")
+        super().add_param_group(group)
+        del self.param_groups[index]["start"]
         self._built.append((list(group["params"]), names, starts))
         self._build(index, adopt=False)
 

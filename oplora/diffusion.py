@@ -205,7 +205,10 @@ def export(unet: UNet2DConditionModel, folder: Path, initial: dict[str, Tensor])
         for name, first in initial.items():
             parts = [state[name], -first if "lora_B" in name else first]
             state[name] = torch.cat(parts, dim=1 if "lora_B" in name else 0)
-        metadata |= dict(r=2 * config.r, lora_alpha=2 * config.lora_alpha, init_lora_weights=True)
+        scale = 2**0.5 if config.use_rslora else 2  # alpha over the rank, or over its root
+        metadata |= dict(
+            r=2 * config.r, lora_alpha=scale * config.lora_alpha, init_lora_weights=True
+        )
     StableDiffusionXLPipeline.save_lora_weights(
         folder, unet_lora_layers=state, unet_lora_adapter_metadata=metadata
     )

@@ -95,7 +95,7 @@ class LiteStack(MLPStack):
     @property
     def mlp_parameters(self) -> int:
         """What is trained: S in place of W2."""
-        return super().mlp_parameters - (self.width - 1) * self.b2.numel()
+        return super().mlp_parameters - (self.width - 1) * sum(t.numel() for t in self.tensors)
 
     def held(self) -> list[Tensor]:
         return [*super().held(), *(rows for _, kept in self._first for _, rows in kept)]
@@ -106,6 +106,9 @@ class LiteStack(MLPStack):
 
     def _shapes(self, i: int) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.state(i).items()}
+
+    def check(self, i: int, state: dict[str, Tensor], active: int):
+        super().check(i, state, self.width)
 
     def load(self, i: int, state: dict[str, Tensor], active: int):
         for name, mine in self.state(i).items():

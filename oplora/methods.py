@@ -94,6 +94,8 @@ def create_adalora_optimizer(
     model: PeftModel, optimizer_cls: type[Optimizer], **kwargs
 ) -> Optimizer:
     """The plain optimizer; after each step AdaLoRA spends its rank budget."""
+    if not issubclass(optimizer_cls, torch.optim.Adam | torch.optim.AdamW):
+        raise ValueError(f"adalora needs optimizer=adam or adamw, not {optimizer_cls.__name__}")
     optimizer = create_plain_optimizer(model, optimizer_cls, **kwargs)
 
     def prune(optimizer, args, kw):

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from oplora.blocks import BlockOptimizer, state_dtype
 from oplora.checks import check_choice
-from oplora.shards import local
+from oplora.shards import local, whole
 from oplora.stack import MLPStack
 
 
@@ -36,7 +35,7 @@ class OPOptimizer(BlockOptimizer):
     seed: with the tensors' names it fixes the MLPs' initial weights.
     clip: "mlp" clips the gradient norm of all MLPs and directly trained tensors at `max_norm`,
         as clip_grad_norm_ does where the MLPs are modules; None leaves clipping to the trainer.
-    nonfinite: "raise" (FloatingPointError naming the block; nothing is changed) or "skip" (the
+    nonfinite: "raise" (FloatingPointError naming the block; nothing is updated) or "skip" (the
         whole step, counted in `skipped_steps`).
     edited: "absorb" values written into the tensors from outside (load_adapter, a merge), with a
         warning, or "raise".
@@ -137,34 +136,45 @@ class OPOptimizer(BlockOptimizer):
             tensor.grad = None
 
     def _finite(self, gradients: list[Tensor]) -> bool:
+        bad: list[str] = []
         for stack, g in zip(self.stacks, gradients, strict=True):
             # The sum is ten times as fast as isfinite(), but it may overflow.
             if stack.total(g).isfinite() or stack.total((~g.isfinite()).float()) == 0:
                 continue
-            if self.nonfinite == "skip":
-                return False
             parts = zip(stack.names, g.split(stack.sizes), strict=True)
-            bad = [names[0] for names, part in parts if not part.isfinite().all()]
+            bad += [names[0] for names, part in parts if not part.isfinite().all()] or [
+                "another rank's block"
+            ]
+        direct = self._direct_gradients()
+        sums = [whole(g.sum(dtype=state_dtype([g]))) for g in direct.values()]
+        if sums and not sum(sums).isfinite():
+            bad += [name for name, g in direct.items() if not whole(g.isfinite().all())]
+        if bad and self.nonfinite == "raise":
             raise FloatingPointError(
-                f"NaN or Inf in the gradient of {', '.join(bad[:3]) or 'another rank'}: "
+                f"NaN or Inf in the gradient of {', '.join(bad[:3])}: "
                 "nothing was updated. Lower the learning rate, or use nonfinite='skip'"
             )
-        return True
+        return not bad
+
+    def _direct_gradients(self) -> dict[str, Tensor]:
+        """Gradients of the tensors that are trained without MLPs, by name."""
+        return {
+            name: tensor.grad
+            for group, (_, names, _) in zip(self.param_groups, self._built, strict=True)
+            if not group["mlp_width"]
+            for name, tensor in zip(
+                (n for block in names for n in block), group["params"], strict=True
+            )
+            if tensor.grad is not None
+        }
 
     def _clip(self, gradients: list[Tensor], trunks: list[tuple]):
-        direct = [
-            p.grad
-            for group in self.param_groups
-            if not group["mlp_width"]
-            for p in group["params"]
-            if p.grad is not None
-        ]
+        direct = list(self._direct_gradients().values())
         norms = [
             s.squared_norm(g, t) for s, g, t in zip(self.stacks, gradients, trunks, strict=True)
         ]
         roots = [torch.linalg.vector_norm(g, dtype=state_dtype([g])) for g in direct]
-        roots = [r.full_tensor() if isinstance(r, DTensor) else r for r in roots]
-        norm = sum([*norms, *(root**2 for root in roots)]) ** 0.5
+        norm = sum([*norms, *(whole(root) ** 2 for root in roots)]) ** 0.5
         scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         flat = [t for trunk in trunks for t in trunk]
         for tensor in [*gradients, *flat, *direct]:
@@ -178,6 +188,8 @@ class OPOptimizer(BlockOptimizer):
         The entry of a block's first tensor holds {"mlp", "active", "inner"}; entries of directly
         trained tensors are the inner optimizer's.
         """
+        if not self._trained:
+            self._follow_model()
         result = super().state_dict()
         index = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         state = {index[id(p)]: s for p, s in self.inner.state.items() if id(p) in index}
@@ -202,7 +214,8 @@ class OPOptimizer(BlockOptimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]):
-        """Resume exactly; ValueError, with nothing changed, if the MLPs have another shape."""
+        """Resume exactly; ValueError, with nothing changed, if the state is not of these MLPs."""
+        self._follow_model()
         params = [p for g in self.param_groups for p in g["params"]]
         index = {id(p): i for i, p in enumerate(params)}
         state = state_dict["state"]
@@ -215,8 +228,13 @@ class OPOptimizer(BlockOptimizer):
                         f"the state holds no MLP for {stack.names[i][0]}: it was saved by an "
                         "optimizer without MLPs, or with other blocks"
                     )
-                stack.check(i, entry["mlp"])
+                stack.check(i, entry["mlp"], entry["active"])
                 entries.append((stack, i, entry))
+        first = {id(block[0]) for stack in self.stacks for block in stack.blocks}
+        if any("mlp" in state.get(index[id(p)], {}) for p in params if id(p) not in first):
+            raise ValueError(
+                "the state holds MLPs for tensors that are trained directly here (mlp_width=0)"
+            )
         super().load_state_dict({**state_dict, "state": {}})
         loaded = {id(p): state[index[id(p)]] for p in params if index[id(p)] in state}
         changed = set()

@@ -13,11 +13,11 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from oplora.adamw import OPAdamW
 from oplora.optimizer import OPOptimizer
+from oplora.shards import whole
 
 # What wrappers put into parameter names: without it a name, and so the MLP that it seeds, is the
 # same compiled or not, checkpointed or not.
@@ -233,6 +233,5 @@ def _starts(block: Block, start: str) -> list[str]:
 
 
 def _is_zero(tensor: Tensor) -> bool:
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     # Meta and quantised tensors have no values to look at: the optimizer refuses them by name.
-    return not (whole.is_meta or whole.element_size() < 2) and not whole.any()
+    return not (tensor.is_meta or tensor.element_size() < 2) and not whole(tensor).any()

@@ -5,7 +5,8 @@ that the hidden layer costs one batched product; W2 is one (width, P) matrix a b
 
 Since z is a single input, a hidden unit that is off (h_j = 0) contributes nothing and gets no
 gradient. With `compact`, `W2` has the rows of units that were ever on alone. The others still
-are what they were drawn as: they are drawn again when they are needed.
+are what they were drawn as, and are drawn again when they are needed; only weight decay changes
+them, so with it they are kept in `rest`.
 """
 
 from collections.abc import Sequence
@@ -17,11 +18,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from oplora.mlp import MLPWeights, generator_for, hidden, initial_mlp, pullback, resolve_starts
-from oplora.shards import local, local_columns
+from oplora.shards import local, local_columns, whole
 
 
 class MLPStack:
-    """The MLPs of N blocks; the blocks' tensors hold their output (all on one device, one dtype).
+    """The MLPs of N blocks; the blocks' tensors hold their output (one device, one type of state).
 
     blocks: N lists of tensors; names: N lists of their names, which seed the random streams;
     starts: N entries, each "paper", "keep" or a list of one start per tensor (`initial_mlp`).
@@ -42,6 +43,7 @@ class MLPStack:
         adopt: bool = False,
         **mlp_options,
     ):
+        self.compact = compact
         self.blocks, self.names, self.width = list(blocks), list(names), width
         self.tensors = [t for block in self.blocks for t in block]
         self.mesh = next((t.device_mesh for t in self.tensors if isinstance(t, DTensor)), None)
@@ -69,9 +71,7 @@ class MLPStack:
         # Rows of units that never were on, unless they are as they were drawn.
         self.rest: list[Tensor | None] = [None] * len(mlps)
         self._link_views()
-        dtypes = {t.dtype for t in self.tensors}
-        self._one_dtype = len(dtypes) == 1
-        self.written = torch.empty_like(self.b2, dtype=dtypes.pop() if self._one_dtype else dtype)
+        self.written = torch.empty_like(self.b2)
         # One buffer for both: a block's theta is predicted when its gradient g is used up.
         self.theta = self._g = torch.empty_like(self.b2)
         self._written_parts, self._theta_parts = self._parts(self.written), self._parts(self.theta)
@@ -84,13 +84,13 @@ class MLPStack:
             self._write([s == "random" for start in self.starts for s in start])
 
     def _initial_block(self, block, names, start, dtype, seed, options) -> MLPWeights:
-        whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in block]
+        tensors = [whole(t) for t in block]
         generator = generator_for(seed, names[0])
-        mlp = initial_mlp(whole, start, self.width, generator=generator, dtype=dtype, **options)
+        mlp = initial_mlp(tensors, start, self.width, generator=generator, dtype=dtype, **options)
         if self.mesh is not None:  # the same MLP on every rank, of which each keeps its columns
-            parts = zip(block, mlp.W2.split([t.numel() for t in whole], 1), strict=True)
+            parts = zip(block, mlp.W2.split([t.numel() for t in tensors], 1), strict=True)
             W2 = torch.cat([local_columns(t, part) for t, part in parts], 1)
-            parts = zip(block, mlp.b2.split([t.numel() for t in whole]), strict=True)
+            parts = zip(block, mlp.b2.split([t.numel() for t in tensors]), strict=True)
             b2 = torch.cat([local_columns(t, part[None])[0] for t, part in parts])
             mlp = mlp._replace(W2=W2, b2=b2)
         return MLPWeights(*(w.to(self.device) for w in mlp))
@@ -148,7 +148,7 @@ class MLPStack:
         tensors' names; raises RuntimeError if `refuse`, or if the new values are not finite.
         """
         torch._foreach_copy_(self._theta_parts, self._values())
-        if self.theta.sub_(self.written).abs_().sum() == 0:
+        if self.total(self.theta.sub_(self.written).abs_()) == 0:
             return []
         torch._foreach_copy_(self._theta_parts, self._values())
         change = self.theta - self.written
@@ -162,9 +162,10 @@ class MLPStack:
             and not new.abs().max() <= 4 * _eps(tensor) * (old.abs() + b2.abs()).max()
         ]
         where = ", ".join(edited[:3]) + (f" and {len(edited) - 3} more" if edited[3:] else "")
-        if not change.isfinite().all():
+        where = where or "on another rank"
+        if self.total((~change.isfinite()).float()) > 0:
             raise RuntimeError(f"NaN or Inf was written into adapter tensors: {where}")
-        if refuse and edited:
+        if refuse and self.total(change.new_tensor([len(edited)])) > 0:
             raise RuntimeError(
                 f"adapter tensors were changed behind the optimizer: {where}. Build the "
                 "optimizer after loading or merging, or use edited='absorb'"
@@ -231,7 +232,7 @@ class MLPStack:
     def mlp_parameters(self) -> int:
         """Values in all MLPs."""
         trunks = self.z.numel() + self.W1.numel() + self.b1.numel()
-        return trunks + (self.width + 1) * self.b2.numel()
+        return trunks + (self.width + 1) * sum(tensor.numel() for tensor in self.tensors)
 
     def held(self) -> list[Tensor]:
         """What the MLPs occupy memory with."""
@@ -253,8 +254,13 @@ class MLPStack:
         )
         return {**self.trunks[i], "W2": W2, "order": self.order[i]}
 
-    def check(self, i: int, state: dict[str, Tensor]):
-        """ValueError if `state` is not of this MLP's shapes."""
+    def check(self, i: int, state: dict[str, Tensor], active: int):
+        """ValueError if `state` is not of this MLP's shapes, or has moments of some rows only."""
+        if active < self.width and not self.compact:
+            raise ValueError(
+                f"state of {self.names[i][0]}: it has moments of the rows of W2 that were ever on "
+                "only, as OPAdamW saves it: load it into OPAdamW"
+            )
         for name, shape in self._shapes(i).items():
             if name not in state or state[name].shape != shape:
                 found = tuple(state[name].shape) if name in state else "missing"
@@ -333,9 +339,9 @@ class MLPStack:
         values, theta, written = (list(compress(x, mask)) for x in lists)
         if values:
             torch._foreach_copy_(values, theta)
-        if all(mask) and self._one_dtype:
-            self.written.copy_(self.theta)  # rounds as the tensors did
-        elif values:
+        if all(mask) and all(value.dtype == self.theta.dtype for value in values):
+            self.written.copy_(self.theta)
+        elif values:  # as the tensors have rounded them
             torch._foreach_copy_(written, values)
 
 

@@ -67,10 +67,11 @@ def store_commonsense(
         "seed": seed, "rank": 8, "mlp_width": 32, "model": {"dtype": dtype},
         "score_test": nll is not None,
     }  # fmt: skip
+    mlp = 320 * method.startswith("op")
     metrics = {
         "validation_nll": validation, "validation_loss": [[10, 4.0], [20, validation]],
-        "trained_parameters": 10, "adapter_parameters": 10, "train_seconds": 5.0,
-        "mlp_parameters": 320 * method.startswith("op"), "peak_memory_bytes": 2_000_000_000,
+        "trained_parameters": mlp or 10, "adapter_parameters": 10, "train_seconds": 5.0,
+        "mlp_parameters": mlp, "peak_memory_bytes": 2_000_000_000,
     }  # fmt: skip
     if nll is not None:
         metrics |= {"held_out_nll": nll, "accuracy": 0.5, "accuracy_piqa": 0.5}
@@ -97,9 +98,10 @@ def store_vl_bart(
         "score_test": accuracy is not None,
     }  # fmt: skip
     epochs = [[0, {MAIN: 0.25}], [1, {MAIN: 0.5 + seed / 100}]]
+    mlp = 320 * method.startswith("op")
     metrics = {
         "validation_loss": [[5, 1.0], [10, loss]], "epochs": epochs, "adapter_parameters": 10,
-        "mlp_parameters": 320 * method.startswith("op"), "trained_parameters": 50,
+        "mlp_parameters": mlp, "trained_parameters": 40 + (mlp or 10),
         "train_seconds": 5.0, "peak_memory_bytes": 2_000_000_000,
     }  # fmt: skip
     if accuracy is not None:
@@ -141,9 +143,10 @@ def store_sdxl(
     }  # fmt: skip
     metrics = {}
     if fine_tune:
+        mlp = 32 * rank * method.startswith("op")
         metrics |= {
-            "validation_loss": [[10, 1.0], [20, loss]], "trained_parameters": 10 * rank,
-            "adapter_parameters": rank, "mlp_parameters": 32 * rank * method.startswith("op"),
+            "validation_loss": [[10, 1.0], [20, loss]], "trained_parameters": mlp or rank,
+            "adapter_parameters": rank, "mlp_parameters": mlp,
             "train_seconds": 5.0, "peak_memory_bytes": 2_000_000_000,
         }  # fmt: skip
     if value is not None:

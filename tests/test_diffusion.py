@@ -130,11 +130,13 @@ def test_unknown_prediction_type_is_refused():
         loss_of(pipeline)
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("init", [True, "pissa", "olora"])
-def test_export_adds_to_the_untouched_base_what_was_learned(init, encoded, tmp_path):
+def test_export_adds_to_the_untouched_base_what_was_learned(init, use_rslora, encoded, tmp_path):
     pipeline = tiny_pipeline()
     unet = pipeline.unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS, init_lora_weights=init))
+    options = dict(init_lora_weights=init, use_rslora=use_rslora)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS, **options))
     initial = adapter_state(unet)
     torch.manual_seed(0)
     for parameter in (p for p in unet.parameters() if p.requires_grad):

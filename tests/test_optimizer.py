@@ -306,6 +306,12 @@ def test_state_of_other_shapes_is_refused_and_nothing_changes():
     ]:
         with pytest.raises(ValueError, match=words):
             ours.load_state_dict(other.state_dict())
+    for refuses, words in [
+        (oplora.OPOptimizer(blocks(), mlp_width=8), "load it into OPAdamW"),
+        (oplora.OPAdamW(blocks(), mlp_width=0), "mlp_width=0"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            refuses.load_state_dict(ours.state_dict())
     after = ours.state_dict()
     for i in before["state"]:
         assert torch.equal(before["state"][i]["mlp"]["W2"], after["state"][i]["mlp"]["W2"])
@@ -332,6 +338,33 @@ def test_nonfinite_gradients_never_poison(bad):
         losses(data).backward()
         ours.step()
         assert all(t.isfinite().all() for b in data for t in b)
+
+
+@pytest.mark.parametrize("clip", [None, "mlp"])
+def test_nonfinite_gradients_of_directly_trained_tensors_never_poison(clip):
+    data, extra = blocks(), torch.nn.Parameter(torch.ones(3).double())
+    groups = [{"params": data}, {"params": [("scale", extra)], "mlp_width": 0}]
+    ours = oplora.OPAdamW(groups, mlp_width=8, clip=clip)
+    (losses(data) + (extra * torch.tensor([1.0, math.nan, 1.0])).sum()).backward()
+    with pytest.raises(FloatingPointError, match="scale"):
+        ours.step()
+    assert all(t.isfinite().all() for t in [*(t for b in data for t in b), extra])
+
+
+@pytest.mark.parametrize("first, then", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_cast_after_the_optimizer_was_built_is_no_edit(first, then):
+    data = blocks(getattr(torch, first))
+    ours = oplora.OPAdamW(data, lr=1e-3, mlp_width=8, edited="raise")
+    for block in data:
+        for tensor in block:
+            tensor.data = tensor.data.to(getattr(torch, then))
+    before = [t.detach().float().clone() for b in data for t in b]
+    for _ in range(20):
+        ours.zero_grad()
+        losses([[t.float() for t in b] for b in data]).backward()
+        ours.step()
+    moved = [(t.float() - b).abs().max() for t, b in zip((t for b in data for t in b), before)]
+    assert min(moved) > 1e-3
 
 
 def test_edits_from_outside_are_absorbed_or_refused():
@@ -386,6 +419,16 @@ def test_closure_scheduler_and_added_group():
     assert [g["lr"] for g in ours.inner.param_groups] == [0.05, 0.01]
 
 
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    data = blocks()
+    ours = oplora.OPAdamW(data[:1], mlp_width=8)
+    with pytest.raises(ValueError, match="start lists 2 blocks"):
+        ours.add_param_group({"params": data[1:2], "start": [["keep"], ["keep"]]})
+    losses(data).backward()
+    ours.step()
+    assert len(ours.param_groups) == 1
+
+
 def test_zero_width_trains_directly():
     data, plain = blocks(), blocks()
     ours = oplora.OPAdamW(data, lr=0.01, mlp_width=0)
@@ -427,6 +470,7 @@ def test_bad_arguments_are_named():
         (lambda: oplora.OPAdamW([("A", torch.ones(2))]), "A is frozen"),
         (lambda: oplora.OPAdamW([("A", torch.ones(2, dtype=torch.int8))]), "int8"),
         (lambda: oplora.OPOptimizer([parameter(2)], torch.optim.LBFGS), "LBFGS"),
+        (lambda: oplora.OPAdamW([parameter(2)], amsgrad=True), "OPOptimizer"),
     ]
     for build, words in cases:
         with pytest.raises((ValueError, TypeError), match=words):

@@ -77,6 +77,23 @@ def test_a_model_moved_before_training_is_followed():
         train(model, other, 1)
 
 
+def test_a_state_is_loaded_into_a_model_that_moved_before():
+    results = []
+    for move in (False, True):
+        model = adapted()
+        optimizer = oplora.create_oplora_optimizer(model, lr=1e-2, mlp_width=8)
+        if move:
+            moved(optimizer)
+        other = adapted()
+        trained = oplora.create_oplora_optimizer(other, lr=1e-2, mlp_width=8)
+        train(other, trained, 2)
+        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(other))
+        optimizer.load_state_dict(trained.state_dict())
+        train(model, optimizer, 2)
+        results.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_values_loaded_before_a_move_are_kept():
     model, trained = adapted(), adapted(init_lora_weights=False)
     optimizer = oplora.create_oplora_optimizer(model, lr=0.0, mlp_width=8)

@@ -24,6 +24,8 @@ class MatchedAdamW(OPAdamW):
     """
 
     def __init__(self, params, **options: Any):
+        if options.get("maximize") or options.get("clip"):
+            raise ValueError("the control knows neither maximize nor clip: leave them out")
         super().__init__(params, **options)
         groups = [{"params": block} for stack in self.stacks for block in stack.blocks]
         self.plain = torch.optim.AdamW(groups, fused=True)

@@ -38,7 +38,8 @@ def build(runs_dir: Path) -> list[Section]:
         raise ValueError(f"no finished run below {runs_dir}: run `make reproduce` first")
     compared = comparisons(records)
     studies = mf.studies(records)
-    speed = benchmarks.section(runs_dir.resolve().parent / "benchmarks")
+    folders = [runs_dir / "benchmarks", runs_dir.resolve().parent / "benchmarks"]
+    speed = next(filter(None, map(benchmarks.section, folders)), None)
     return [
         claims.section(compared, mf.complete(studies)),
         across.section(compared, studies),

@@ -82,7 +82,7 @@ def _parts(c: Comparison) -> list:
     caption = f"Validation NLL after training, nats per token, by learning rate; {scale}."
     parts: list = [
         f"{scale}. The learning rate of every method is the one with the lowest validation NLL of "
-        "the same grid (mean over seeds); the test set is scored at that rate only.",
+        "its grid (of the same length for all); the test set is scored at that rate only.",
         *rate_parts(f"{name}_rates", caption, c.sweep, "validation NLL", margin=(0.05, 0.8)),
     ]
     if final:

@@ -37,6 +37,7 @@ class Comparison:
     higher: bool = True  # is a higher score better?
     every: list[Record] | None = None  # with those of other ranks and widths, if there are any
     swept: list[Record] | None = None
+    sweep_name: str | None = None  # of the picture of a sweep that several share
     swept_elsewhere: bool = False  # were the rates chosen on another data set?
     variant: str = ""  # what tells it from others of its experiment and preset
     cited: dict[str, float] = field(default_factory=dict)  # method → the paper's score
@@ -83,6 +84,15 @@ class Comparison:
     def records_of(self, method: str) -> list[Record]:
         """All runs of a method that did not diverge."""
         return [r for r in trained(self.records) if r.config["method"]["name"] == method]
+
+    def sweep_seeds(self, *methods: str) -> int:
+        """With how many seeds at least the rates of these methods were swept."""
+        return min(len(v) for m in methods for v in self.sweep.get(m, {}).values())
+
+    @property
+    def rates_figure(self) -> str:
+        """The picture of the sweep, which may serve several comparisons."""
+        return self.sweep_name or f"{self.name}_rates"
 
     @property
     def rank(self) -> int:
@@ -146,6 +156,12 @@ class GoodRates:
     def factor(self) -> float:
         """Highest over lowest rate; 1 for a single one, 0 for none."""
         return self.rates[-1] / self.rates[0] if self.rates else 0.0
+
+    @property
+    def step(self) -> float:
+        """The largest factor between neighbouring rates of the grid."""
+        pairs = zip(self.grid, self.grid[1:], strict=False)
+        return max((high / low for low, high in pairs), default=1.0)
 
     @property
     def open(self) -> bool:

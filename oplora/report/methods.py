@@ -1,7 +1,7 @@
 """What the reports of the fine-tuning experiments share: methods beside one another."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -86,7 +86,8 @@ def rates_of(records: list[Record], value: Callable[[Record], float | None]) -> 
     """What the learning rates are chosen by, None where a run has none; a diverged run is infinite.
 
     Of every method only the seeds that all its rates have: a rate that was run with more seeds
-    afterwards must not be judged by others than its rivals.
+    afterwards must not be judged by others than its rivals. A rate without the seed that most
+    rates have is left out.
     """
     found: dict = defaultdict(lambda: defaultdict(dict))
     for r in records:
@@ -95,10 +96,10 @@ def rates_of(records: list[Record], value: Callable[[Record], float | None]) -> 
             found[r.config["method"]["name"]][r.config["lr"]][r.config["seed"]] = number
     sweep = {}
     for method in in_order(found):
-        rates = found[method]
+        seeds = Counter(seed for by_seed in found[method].values() for seed in sorted(by_seed))
+        usual = seeds.most_common(1)[0][0]
+        rates = {lr: by_seed for lr, by_seed in found[method].items() if usual in by_seed}
         shared = set.intersection(*(set(by_seed) for by_seed in rates.values()))
-        if not shared:
-            raise ValueError(f"{method}: its learning rates have no seed in common")
         sweep[method] = {lr: [rates[lr][seed] for seed in sorted(shared)] for lr in sorted(rates)}
     return sweep
 
@@ -143,6 +144,16 @@ def rate_parts(name: str, caption: str, sweep: Sweep, ylabel: str, **options) ->
     ]  # fmt: skip
 
 
+def shipped(record: Record) -> int:
+    """Parameters of what training leaves behind: all that was trained, adapters for their MLPs."""
+    m = record.metrics
+    return (
+        m["trained_parameters"]
+        - m["mlp_parameters"]
+        + bool(m["mlp_parameters"]) * m["adapter_parameters"]
+    )
+
+
 def cost_cells(runs: list[Record]) -> dict[str, str | int | None]:
     """The columns that say what a method costs.
 
@@ -151,7 +162,7 @@ def cost_cells(runs: list[Record]) -> dict[str, str | int | None]:
     """
     return {
         "trained parameters": runs[0].metrics["trained_parameters"],
-        "shipped parameters": runs[0].metrics["adapter_parameters"],
+        "shipped parameters": shipped(runs[0]),
         "train seconds": round(min(r.metrics["train_seconds"] for r in runs)),
         "peak memory, GB": f"{min(r.metrics['peak_memory_bytes'] for r in runs) / 1e9:.2f}",
     }

@@ -7,11 +7,12 @@ stands at its own best learning rate.
 from dataclasses import dataclass
 
 from oplora.report.comparison import Comparison, command, good_rates
-from oplora.report.methods import name_of
+from oplora.report.methods import name_of, shipped
 from oplora.report.statistics import mean_interval
 
 HOLDS, IN_A_RANGE, FAILS = "holds", "holds in a range", "does not hold"
 UNTESTABLE, NOT_RUN = "not testable at this scale", "not run yet"
+CURVE_POINTS = 5  # evaluations that tell which curve falls faster
 VERDICTS = (HOLDS, IN_A_RANGE, FAILS, UNTESTABLE, NOT_RUN)
 
 
@@ -46,12 +47,15 @@ def better(c: Comparison, method: str, base: str) -> Finding:
     expected = cited_gain(c, method, base)
     if expected is not None:
         evidence += f" (the paper's: {expected:+.{c.digits}f})"
-    figure = f"{c.name}_rates"
+    figure = c.rates_figure
     if mean - half > 0:
         return Finding(HOLDS, evidence, figure)
     window = lower_at(c, method, base)
     if len(window) > 1:
-        evidence += f"; lower validation loss at the same rate from {window[0]:g} to {window[-1]:g}"
+        evidence += (
+            f"; lower validation loss (seeds of the sweep: {c.sweep_seeds(method, base)}) at the "
+            f"same rate from {window[0]:g} to {window[-1]:g}"
+        )
     if mean + half < 0:
         return Finding(FAILS, evidence, figure)
     if len(window) > 1:
@@ -69,7 +73,7 @@ def not_worse(c: Comparison, method: str, base: str) -> Finding:
     """
     gains = c.advantage(method, base)
     text = difference(c, method, base) if gains else "—"
-    return _not_worse(c, gains, text, (base, method))
+    return _not_worse(c, gains, text, c.command(base, method))
 
 
 def half_the_rank(c: Comparison) -> Finding:
@@ -80,15 +84,19 @@ def half_the_rank(c: Comparison) -> Finding:
     if not gains:
         if not {"lora", "oplora"} <= set(c.chosen):
             return missing(c, "lora", "oplora")
-        seeds = c.command("lora", "oplora")
-        return Finding(NOT_RUN, command=seeds.replace("sweep_seeds", "sweep_rank"))
+        return Finding(NOT_RUN, command=_rank_command(c))
     text = f"gain of OP-LoRA at rank {c.rank // 2} over LoRA at rank {c.rank}: {interval(gains, c)}"
-    return _not_worse(c, gains, text, ("lora", "oplora"))
+    return _not_worse(c, gains, text, _rank_command(c))
 
 
-def _not_worse(c: Comparison, gains: list[float], text: str, methods: tuple) -> Finding:
+def _rank_command(c: Comparison) -> str:
+    return c.command("lora", "oplora").replace("sweep_seeds", "sweep_rank")
+
+
+def _not_worse(c: Comparison, gains: list[float], text: str, command: str) -> Finding:
     if len(gains) < 2:
-        return missing(c, *methods, evidence=f"{len(gains)} shared seeds" if gains else "—")
+        evidence = f"{len(gains)} shared seeds" if gains else "—"
+        return Finding(NOT_RUN, evidence, command=command)
     mean, half = mean_interval(gains)
     if mean >= 0:
         return Finding(HOLDS, text)
@@ -98,18 +106,18 @@ def _not_worse(c: Comparison, gains: list[float], text: str, methods: tuple) -> 
 def less_sensitive(c: Comparison, method: str, base: str) -> Finding:
     """Is the range of good learning rates wider (highest over lowest; within 5% of its own best)?
 
-    Holds: wider by half (neighbouring rates of a grid lie further apart). If the narrower range
-    reaches an edge of its grid, a longer grid is needed: not run yet.
+    Holds or does not: the ranges differ by more than one step of the grid. Else the grid is too
+    coarse: not testable. If the narrower range reaches an edge of its grid, a longer grid is
+    needed: not run yet.
     """
     if not (c.losses(method) and c.losses(base)):
         return missing(c, base, method)
     mine, theirs = good_rates(c.losses(method)), good_rates(c.losses(base))
     evidence = f"within 5% of its own best: {name_of(method)} {mine}, {name_of(base)} {theirs}"
-    figure = f"{c.name}_rates"
-    if mine.factor > 1.5 * theirs.factor:
-        narrower, verdict = theirs, HOLDS
-    else:
-        narrower, verdict = mine, FAILS
+    figure = c.rates_figure
+    ratio, step = mine.factor / theirs.factor, 1.5 * max(mine.step, theirs.step)
+    narrower = theirs if ratio > 1 else mine
+    verdict = HOLDS if ratio > step else FAILS if ratio < 1 / step else UNTESTABLE
     if narrower.open:
         evidence += "; the narrower range reaches the edge of its grid"
         return Finding(
@@ -118,13 +126,16 @@ def less_sensitive(c: Comparison, method: str, base: str) -> Finding:
             figure,
             f"{command(c.experiment, c.preset, (base, method))} lr=… (wider)",
         )
+    if verdict == UNTESTABLE:
+        evidence += "; they differ by no more than a step of the grid"
     return Finding(verdict, evidence, figure)
 
 
 def sooner(c: Comparison, method: str, base: str) -> Finding:
     """Does a method reach the other's final validation loss earlier, both at their best rates?
 
-    Holds: at an earlier step than the other's last; curves are means over seeds.
+    Holds: at an earlier step than the other's last; curves are means over seeds. Not testable:
+    fewer than CURVE_POINTS evaluations.
     """
     mine, theirs = loss_curve(c, method), loss_curve(c, base)
     if not mine or not theirs:
@@ -133,6 +144,9 @@ def sooner(c: Comparison, method: str, base: str) -> Finding:
     first = next((step for step, loss in mine if loss <= goal), None)
     reached = "never" if first is None else f"at step {first}"
     evidence = f"{name_of(base)}'s final validation loss ({goal:.3f}, step {last}): {reached}"
+    if len(theirs) < CURVE_POINTS:
+        evidence += f"; evaluated {len(theirs)} times only"
+        return Finding(UNTESTABLE, evidence, f"{c.name}_curves")
     verdict = HOLDS if first is not None and first < last else FAILS
     return Finding(verdict, evidence, f"{c.name}_curves")
 
@@ -199,9 +213,10 @@ def _no_widths(c: Comparison, method: str) -> Finding:
 
 def ships_the_same(c: Comparison, method: str, base: str) -> Finding:
     """Are as many parameters shipped (the test-suite holds that stock PEFT loads them)?"""
-    counts = [_metric(c, m, "adapter_parameters") for m in (method, base)]
-    if None in counts:
+    runs = [c.records_of(m) for m in (method, base)]
+    if not all(runs):
         return missing(c, base, method)
+    counts = [shipped(found[0]) for found in runs]
     evidence = f"shipped parameters: {name_of(method)} {counts[0]}, {name_of(base)} {counts[1]}"
     return Finding(HOLDS if counts[0] == counts[1] else FAILS, evidence)
 

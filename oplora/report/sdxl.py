@@ -16,6 +16,7 @@ from oplora.report.methods import (
     name_of,
     rate_parts,
     rates_of,
+    shipped,
     trained,
 )
 from oplora.report.page import Picture, Section, Table
@@ -62,6 +63,7 @@ def comparisons(records: list[Record]) -> list[Comparison]:
                 records=[r for r in measured if usual(r, measured)],
                 every=measured,
                 swept=swept,
+                sweep_name=f"sdxl_{preset}_rates",
                 swept_elsewhere=dataset not in {_dataset(r) for r in swept},
                 loss=final_loss,
                 score=lambda r: r.metrics["images"][_metric(r)] if "images" in r.metrics else None,
@@ -89,7 +91,8 @@ def _parts(scale: str, measured: list[Record], c: Comparison | None = None) -> l
     groups = c.at_best if c else {}
     parts: list = [
         Table(name, f"{scale}: distance of generated images to real ones of the style (lower is "
-              "nearer), mean ± 95% interval (seeds); each method at its chosen rate.",
+              "nearer), each method at its chosen rate: mean ± 95% interval (seeds). Brackets: 95% "
+              "bootstrap interval over images. Held-out loss: on the new style.",
               results(base, groups, by_method(controls))),
     ]  # fmt: skip
     if base:
@@ -128,7 +131,9 @@ def results(
                     "method": label(method, runs) + note,
                     "rate": f"{runs[0].config['lr']:g}",
                     metric: shown([r.metrics["images"][metric] for r in runs], 2),
-                    "held-out loss": shown([x for r in runs if (x := final_loss(r))], 4),
+                    "held-out loss": None  # the control's held-out images are of the other style
+                    if note
+                    else shown([x for r in runs if (x := final_loss(r))], 4),
                     **cost_cells(runs),
                 }
             )
@@ -182,7 +187,7 @@ def by_rank(c: Comparison) -> pandas.DataFrame:
                     "rank": rank,
                     c.metric: shown([c.score(r) for r in same], 2),
                     "held-out loss": shown([x for r in same if (x := final_loss(r))], 4),
-                    "shipped parameters": same[0].metrics["adapter_parameters"],
+                    "shipped parameters": shipped(same[0]),
                 }
             )
     return pandas.DataFrame(rows)

@@ -75,7 +75,7 @@ def _parts(c: Comparison) -> list:
     caption = f"Validation loss after training, by learning rate; {scale}."
     parts: list = [
         f"{scale}. The learning rate of every method is the one with the "
-        "lowest validation loss (mean over seeds and all four tasks' items); the test set is "
+        "lowest validation loss (mean over all four tasks' items); the test set is "
         "scored at that rate only.",
         *rate_parts(f"{name}_rates", caption, c.sweep, "validation loss"),
     ]

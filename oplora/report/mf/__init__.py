@@ -10,7 +10,8 @@ from oplora.report.page import Section, Table
 from oplora.runs import Record
 
 SUMMARY_CAPTION = (
-    "Per method: its best rate with final MSE (median [minimum, maximum] over seeds), the rates "
+    "Per method: its best rate with final MSE (median [minimum, maximum] over the seeds that did "
+    "not diverge), the rates "
     "of the grid that reach the SVD error, those that diverge, the steps to the SVD error at the "
     "best rate, and trained parameters."
 )
@@ -41,7 +42,10 @@ def section(records: list[Record]) -> Section | None:
         ]
     part.parts += [Table("mf_summary", SUMMARY_CAPTION, summary(found))]
     for name, methods in found.items():
-        caption = f"Final MSE with {OPTIMIZERS[name]}, median [minimum, maximum] over seeds."
+        caption = (
+            f"Final MSE with {OPTIMIZERS[name]}, median [minimum, maximum] over the seeds that did "
+            "not diverge."
+        )
         part.parts.append(Table(f"mf_final_{name}", caption, final_errors(methods)))
     return part
 
