@@ -23,6 +23,9 @@ def main(cfg: DictConfig, run: Run) -> None:
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     sides = ("train", "validation", "reference", "base_style")
     data = {side: instantiate(cfg.dataset[side]) for side in sides}
+    if share := cfg.get("hold_out"):
+        parts = data["train"].train_test_split(share, seed=0)
+        data |= dict(train=parts["train"], reference=parts["train"], validation=parts["test"])
     pipeline = instantiate(cfg.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.unet.set_attn_processor(instantiate(cfg.attention))
     encoded = {

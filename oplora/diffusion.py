@@ -177,11 +177,13 @@ class Snapshots(TrainerCallback):
     def __init__(self, steps: Iterable[int], measure: Callable[[int], None]):
         self.steps, self.measure = set(steps), measure
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step in self.steps:
-            model.eval()
+            for each in (model, optimizer):  # schedule-free optimizers have modes, too
+                each.eval()
             self.measure(state.global_step)
-            model.train()
+            for each in (model, optimizer):
+                each.train()
 
 
 def export(unet: UNet2DConditionModel, folder: Path, initial: dict[str, Tensor]) -> None:

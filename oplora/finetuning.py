@@ -38,6 +38,8 @@ def fine_tuning(
         @experiment(name)
         @functools.wraps(main)
         def job(cfg: DictConfig) -> None:
+            if why := cfg.method.get("library_only"):
+                raise ValueError(f"method={cfg.method.name} {why}")
             if prepare is not None:
                 prepare(cfg)
             if cfg.dry_run:
@@ -72,14 +74,15 @@ def train(
     folder = run.path / CHECKPOINTS
     arguments: TrainingArguments = instantiate(training, output_dir=str(folder), _convert_="all")
     trainer = OPTrainer(model, arguments, optimizer_factory=create_optimizer, **trainer_options)
-    start = time.perf_counter()
+    start, checkpoint = time.perf_counter(), whole_checkpoint(folder)
     try:
-        trainer.train(resume_from_checkpoint=whole_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=checkpoint)
         _check_finite(trainer.state.log_history)
     except FloatingPointError as error:
         finish(run, {"diverged": str(error), "steps": trainer.state.global_step})
         raise
     seconds = time.perf_counter() - start
+    trainer.optimizer.eval()  # schedule-free optimizers train other weights than they mean
     optimizer = trainer.optimizer.optimizer  # inside accelerate's
     if isinstance(model, PeftModel):
         model.save_pretrained(run.path / "adapter")
@@ -96,6 +99,7 @@ def train(
         "mlp_parameters": mlp,
         "trained_parameters": mlp + directly - adapter if mlp else directly,
         "peak_memory_bytes": peak_memory_bytes(),
+        **({"resumed": Path(checkpoint).name} if checkpoint else {}),  # seconds: since then
     }
 
 
@@ -133,11 +137,11 @@ def describe(cfg: DictConfig, auto_class: type) -> str:
         model = auto_class.from_config(instantiate(cfg.architecture, _convert_="all"))
     base = sum(p.numel() for p in model.parameters())
     adapter = instantiate(cfg.method.adapter, _convert_="all")
-    options = {
-        key: cfg.method.create_optimizer[key]
-        for key in ("mlp_width", "z_dim", "shared_trunk")
-        if key in cfg.method.create_optimizer
-    }
+    create = cfg.method.create_optimizer
+    options = {key: create[key] for key in ("mlp_width", "z_dim", "shared_trunk") if key in create}
+    if not create.get("matched_steps", True):  # a control that trains no MLP
+        options = {}
+    options["lite"] = "lite" in OmegaConf.select(create, "create.path", default="")
     if adapter is not None:
         if hasattr(adapter, "init_lora_weights"):
             adapter.init_lora_weights = True  # others look at weights; the counts are the same

@@ -93,25 +93,28 @@ def parameter_report(
     optimizer_cls: type[Optimizer] = torch.optim.AdamW,
     moments: int = 2,
     weight_decay: float = 0.01,
+    lite: bool = False,
 ) -> dict[str, int]:
     """Counts of parameters and an estimate of the optimizer's memory, also of meta tensors.
 
     mlp_width: 0 for methods without MLPs. moments: tensors that the optimizer keeps per
-    parameter (AdamW 2, momentum 1, SGD 0).
+    parameter (AdamW 2, momentum 1, SGD 0). lite: of `oplora.lite.OPAdamWLite`.
     `mlp_parameters` is everything in the MLPs, `mlp_output_parameters` their W2 alone, which is
     what the paper counts. `optimizer_state_bytes` contains MLPs and moments; under AdamW those
     of half of W2, of the hidden units that are expected to be active: the moments, and without
-    weight decay the rows of W2 themselves.
+    weight decay the rows of W2 themselves. The Lite form trains one row in place of W2, and keeps
+    about a quarter of it (the active rows of A).
     """
     blocks, others = adapter_blocks(model)
     tensors = [tensor for block in blocks for tensor in block.tensors]
     adapter = sum(tensor.numel() for tensor in tensors)
     count = (len(blocks) if shared_trunk else len(tensors)) if mlp_width else 0
     trunks = count * (z_dim + mlp_width * z_dim + mlp_width)
-    output = mlp_width * adapter
+    output = adapter if lite else mlp_width * adapter
     mlp = trunks + output + (adapter if mlp_width else 0)
-    inactive = output // 2 if optimizer_cls is torch.optim.AdamW else 0
+    inactive = output // 2 if optimizer_cls is torch.optim.AdamW and not lite else 0
     held = mlp if weight_decay else mlp - inactive
+    held += mlp_width * adapter // 4 if lite else 0
     direct = [tensor for _, tensor in others] + ([] if mlp_width else tensors)
     direct_bytes = sum(tensor.numel() * tensor.element_size() for tensor in direct)
     return {

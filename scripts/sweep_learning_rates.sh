@@ -28,6 +28,12 @@ case $experiment in
 esac
 sort_arguments "$@"
 kept=()
+if [ "${overrides[0]}" = preset=paper ]; then # which trains on every image: a tenth is held out
+  case $experiment in
+    sdxl) kept=(hold_out=0.1 training.eval_strategy=epoch) ;;
+    llava_cars) kept=(data.validation=0.1 training.eval_strategy=epoch) ;;
+  esac
+fi
 for override in "${overrides[@]}"; do
   case $override in
     method=*) methods=${override#method=} ;;

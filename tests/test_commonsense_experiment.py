@@ -123,6 +123,12 @@ def test_a_run_that_diverges_is_recorded_and_not_tried_again(setting, tmp_path, 
     assert run(setting, tmp_path, *arguments).returncode == 0
 
 
+def test_a_method_that_reads_data_first_is_refused_at_once(setting, tmp_path):
+    done = run(setting, tmp_path / "runs", "method=eva")
+    assert done.returncode == 2 and "apply_method" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_missing_data_is_one_line(setting, tmp_path):
     done = run(setting, tmp_path / "runs", "records=nowhere")
     assert done.returncode == 2 and "nowhere" in done.stderr

@@ -141,6 +141,13 @@ def test_adalora_prunes_to_the_rank():
     assert kept == 4 * len(layers)
 
 
+def test_adalora_needs_an_optimizer_that_counts_steps():
+    cfg = method("adalora", optimizer="schedulefree")
+    model, create_optimizer = apply_method(FAMILIES["decoder"].build(), cfg)
+    with pytest.raises(ValueError, match="AdamWScheduleFree"):
+        create_optimizer(model)
+
+
 @pytest.mark.parametrize("name", ["lora_ga", "eva"])
 def test_methods_that_need_data_say_so(name):
     with pytest.raises(ValueError, match="batches"):

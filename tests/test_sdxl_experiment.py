@@ -137,6 +137,14 @@ def test_wrong_input_is_one_line(setting, tmp_path):
     assert done.returncode == 2 and errors == ["error: 0 images wanted: at least 1"]
 
 
+@pytest.mark.parametrize("dataset", ["naruto", "wikiart"])
+def test_a_rate_is_chosen_on_held_out_images(setting, tmp_path, dataset):
+    options = ["measure=false", "hold_out=0.3", "training.eval_strategy=epoch"]
+    path, metrics = run(setting, tmp_path, *options, dataset=dataset)
+    assert metrics["steps"] == 2 * 4 and len(metrics["validation_loss"]) == 2  # 4 of 6 images
+    assert "images" not in metrics and not (path / "images").exists()
+
+
 def test_dry_run_of_the_paper_loads_nothing(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "OPLORA_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(

@@ -1,16 +1,20 @@
 """OPTrainer: resuming, accumulation, checkpointing, other ways to hand over an optimizer."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
+from schedulefree import AdamWScheduleFree
 from tiny_models import FAMILIES, decoder
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 import oplora
+from oplora.finetuning import train
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 
@@ -48,6 +52,22 @@ def adapter(trainer):
 
 def difference(first, second):
     return max((first[n] - second[n]).abs().max().item() for n in first)
+
+
+def test_schedule_free_training_ends_with_the_weights_it_means(tmp_path):
+    run = SimpleNamespace(path=tmp_path)
+    made = []
+
+    def factory(net):
+        made.append(AdamWScheduleFree([p for p in net.parameters() if p.requires_grad], lr=1e-2))
+        return made[0]
+
+    training = {
+        "_target_": "transformers.TrainingArguments", "max_steps": 3, "report_to": "none",
+        "use_cpu": True, "save_strategy": "no",
+    }  # fmt: skip
+    train(model(), factory, OmegaConf.create(training), run, train_dataset=data())
+    assert not made[0].param_groups[0]["train_mode"]
 
 
 def trained(folder, build=model, trainer_cls=oplora.OPTrainer, resume=None, trainer_kw=None, **kw):

@@ -158,12 +158,13 @@ def cost_cells(runs: list[Record]) -> dict[str, str | int | None]:
     """The columns that say what a method costs.
 
     Of times and memory the least of the runs: what else the machine or an earlier run in the same
-    process does can only add to them.
+    process does can only add to them; a resumed run's time is of its last part only.
     """
+    timed = [r for r in runs if "resumed" not in r.metrics] or runs
     return {
         "trained parameters": runs[0].metrics["trained_parameters"],
         "shipped parameters": shipped(runs[0]),
-        "train seconds": round(min(r.metrics["train_seconds"] for r in runs)),
+        "train seconds": round(min(r.metrics["train_seconds"] for r in timed)),
         "peak memory, GB": f"{min(r.metrics['peak_memory_bytes'] for r in runs) / 1e9:.2f}",
     }
 
