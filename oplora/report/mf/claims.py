@@ -212,7 +212,7 @@ def _adapts(optimizer: str, op: Study) -> dict:
     note = f"; in {dead.sum()} of {len(every)} seeds, not counted, every hidden unit ends off"
     note = note if dead.any() else ""
     if dead.all():
-        return _row(claim, note.removeprefix("; "), None, "does not hold")
+        return _row(claim, "every hidden unit ends off, in all seeds", None, "does not hold")
     multiplier = numpy.nanmedian(every[~dead], 0)
     multiplier = multiplier[numpy.isfinite(multiplier)]
     peak = multiplier.max()
