@@ -59,6 +59,11 @@ def test_the_gate_is_judged_by_intervals(stored, tmp_path):
     (path / "metrics.json").write_text(json.dumps(metrics))
     report.render(stored, tmp_path / "b")
     assert table(tmp_path / "b", "sdxl_small_fluent_gate")["holds"].tolist() == ["yes", "no", "yes"]
+    for folder, gated in (("a", False), ("b", True)):
+        rows = table(tmp_path / folder, "claims").set_index("claim")
+        for claim in ("OP-LoRA is better than LoRA", "OP-LoRA at half of LoRA's rank is as good"):
+            assert ("the gate does not hold" in rows.loc[claim, "evidence here"]) is gated
+            assert not gated or rows.loc[claim, "verdict"] == "not testable at this scale"
 
 
 def test_half_the_rank(stored, tmp_path):

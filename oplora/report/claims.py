@@ -36,7 +36,7 @@ RULES = (
     "not hold if it lies below; in between it holds in a range if the validation loss is lower at "
     "two or more neighbouring shared learning rates, else is not testable at this scale if the "
     "interval holds both zero and the paper's own difference, else does not hold. Fewer than two "
-    "shared seeds: not run yet. "
+    "shared seeds: not run yet. Where the gate of Table 1 does not hold, no distance is judged. "
     "All other rules stand in oplora/report/rules.py and oplora/report/mf/claims.py, one function "
     "each."
 )

@@ -39,6 +39,7 @@ class Comparison:
     swept: list[Record] | None = None
     sweep_name: str | None = None  # of the picture of a sweep that several share
     swept_elsewhere: bool = False  # were the rates chosen on another data set?
+    unfit: str = ""  # why its scores cannot tell methods apart, if so
     variant: str = ""  # what tells it from others of its experiment and preset
     cited: dict[str, float] = field(default_factory=dict)  # method → the paper's score
 

@@ -35,8 +35,8 @@ def better(c: Comparison, method: str, base: str) -> Finding:
 
     Holds: the interval of the difference lies above zero. Does not hold: it lies below zero. Else
     in a range: at two or more neighbouring shared rates the validation loss is lower. Not testable:
-    the interval holds both zero and a difference as large as the paper's. Fewer than two shared
-    seeds: not run yet.
+    the interval holds both zero and a difference as large as the paper's, or the comparison is
+    unfit (its gate does not hold). Fewer than two shared seeds: not run yet.
     """
     gains = c.advantage(method, base)
     if len(gains) < 2:
@@ -48,6 +48,8 @@ def better(c: Comparison, method: str, base: str) -> Finding:
     if expected is not None:
         evidence += f" (the paper's: {expected:+.{c.digits}f})"
     figure = c.rates_figure
+    if c.unfit:
+        return Finding(UNTESTABLE, f"{evidence}; {c.unfit}", figure)
     if mean - half > 0:
         return Finding(HOLDS, evidence, figure)
     window = lower_at(c, method, base)
@@ -69,7 +71,7 @@ def not_worse(c: Comparison, method: str, base: str) -> Finding:
     """Is a method at least as good as another?
 
     Holds: the mean difference is not negative. Does not hold: the interval lies below zero. Else
-    the seeds cannot tell: not testable.
+    the seeds cannot tell, or the comparison is unfit: not testable.
     """
     gains = c.advantage(method, base)
     text = difference(c, method, base) if gains else "—"
@@ -98,6 +100,8 @@ def _not_worse(c: Comparison, gains: list[float], text: str, command: str) -> Fi
         evidence = f"{len(gains)} shared seeds" if gains else "—"
         return Finding(NOT_RUN, evidence, command=command)
     mean, half = mean_interval(gains)
+    if c.unfit:
+        return Finding(UNTESTABLE, f"{text}; {c.unfit}")
     if mean >= 0:
         return Finding(HOLDS, text)
     return Finding(FAILS if mean + half < 0 else UNTESTABLE, text)
