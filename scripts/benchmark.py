@@ -239,7 +239,7 @@ def _in_graph(**options) -> Callable[[], None]:
 def shapes() -> dict:
     """OPAdamW's step over MLP widths and adapter sizes, and the line through them.
 
-    8 adapters of rank 8, median of 7 steps after 2. x is width × adapter values of one adapter.
+    8 adapters of rank 8, median of 7 steps after 2.
     """
     cases = []
     grid = [(width, columns) for width in (8, 16, 32, 64) for columns in (2048, 4096, 8192)]

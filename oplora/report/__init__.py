@@ -79,6 +79,8 @@ def fill(text: str, tables: dict[str, str]) -> str:
 def deviations() -> Section:
     """Contradictions and gaps of the paper, with the choice made here and its switch."""
     rows = pandas.DataFrame(yaml.safe_load(DEVIATIONS.read_text(encoding="utf-8")))
-    caption = "Each choice is a default in configs/; the switch is an override of any command."
+    caption = (
+        "Each choice is a default in configs/; the switch is an override where a method has it."
+    )
     table = Table("deviations", caption, rows, text=True)
     return Section("Where the paper contradicts itself or is silent", [table])

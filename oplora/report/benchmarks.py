@@ -35,6 +35,18 @@ def section(folder: Path) -> Section | None:
     parts.append(Table("benchmark_aims", "The aims.", aims, text=True))
     if sweep := _read(folder / "shapes.json"):
         parts.append(linear_cost(sweep))
+    if step := _read(folder / "full_size_step.json"):
+        parts.append(
+            f"One step of SDXL's U-Net at its real size ({step['unet_parameters']:,} parameters, "
+            f"bfloat16, {step['resolution']} pixels) with OP-LoRA at width {step['mlp_width']} "
+            f"({step['mlp_parameters']:,} MLP parameters) on a machine without a GPU: "
+            f"{step['peak_memory_gib']:.1f} GiB at most."
+        )
+    if study := _read(folder / "matrix_factorization.json"):
+        parts.append(
+            f"Matrix factorization trains all {study['members']} runs of a method in one batch, "
+            f"{study['study_ratio']:.1f} times as fast as one after the other."
+        )
     return Section("Speed and memory", parts)
 
 

@@ -25,13 +25,19 @@ from oplora.report.page import Picture, Section, Table
 from oplora.report.statistics import mean_interval, shown
 from oplora.runs import Record
 
+SCALES = (
+    "At the paper's scale q, k, v and the output of the attention layers are adapted at a constant "
+    "learning rate. The small preset adapts all linear layers of the U-Net's transformers, with a "
+    "cosine schedule, and its learning rates are chosen on one of the two styles."
+)
+
 
 def section(records: list[Record]) -> Section | None:
     """One part per preset and dataset; None where nothing was run."""
     mine = [r for r in records if r.config["experiment"] == "sdxl"]
     if not mine:
         return None
-    result = Section("Text-to-image (Table 1)", [cited()])
+    result = Section("Text-to-image (Table 1)", [SCALES, cited()])
     compared = comparisons(records)
     for preset in sorted({r.config["preset"] for r in mine}):
         runs = [r for r in mine if r.config["preset"] == preset]
