@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import oplora
+from oplora.lite import create_oplora_lite_optimizer
 
 
 def llama_7b():
@@ -117,6 +118,17 @@ def test_the_report_agrees_with_the_optimizer(shared_trunk, weight_decay, cls, m
     assert report["other_trained_parameters"] == sum(p.numel() for p in direct) == 64 * 32
     trained, _ = model.get_nb_trainable_parameters()
     assert report["adapter_parameters"] + report["other_trained_parameters"] == trained
+    assert report["optimizer_state_bytes"] == pytest.approx(optimizer.state_bytes(), rel=0.1)
+
+
+def test_the_report_of_the_lite_form():
+    family = FAMILIES["decoder"]
+    model = get_peft_model(family.build(), LoraConfig(r=4, target_modules=family.targets))
+    report = oplora.parameter_report(model, mlp_width=32, lite=True)
+    optimizer = create_oplora_lite_optimizer(model, lr=1e-3, mlp_width=32)
+    family.loss(model).backward()
+    optimizer.step()
+    assert report["mlp_parameters"] == optimizer.mlp_parameters
     assert report["optimizer_state_bytes"] == pytest.approx(optimizer.state_bytes(), rel=0.1)
 
 
