@@ -185,8 +185,11 @@ def gate(base: Record, groups: dict[str, list[Record]]) -> pandas.DataFrame:
         row = {"condition": f"(b) {name_of(method)} comes clearly nearer to the new style"}
         if runs:
             mean = mean_interval([r.metrics["images"][metric] for r in runs])[0]
-            row["measured"] = f"{mean:.2f} against {value:.2f} without fine-tuning"
             worst = max(r.metrics["images"][f"{metric}_high"] for r in runs)
+            row["measured"] = (
+                f"{mean:.2f} (worst seed's interval to {worst:.2f}) against {value:.2f} (from "
+                f"{low:.2f}) without fine-tuning"
+            )
             row["holds"] = "yes" if worst < low else "no"
         rows.append(row)
     return pandas.DataFrame(rows)
