@@ -106,9 +106,10 @@ class OPAdamW(OPOptimizer):
     def _state_of_W2(self, stack: MLPStack, i: int) -> dict[str, Tensor]:
         """Moments of the rows of W2 that were ever on; new rows start at zero."""
         W2, n = stack.W2[i], stack.active[i]
-        empty = W2.new_zeros(0, W2.shape[1])
-        state = self._states.setdefault(id(W2), dict(exp_avg=empty, exp_avg_sq=empty))
-        state["step"] = self._state_of(stack.trunks[i]["z"])["step"]
+        state = self._states.get(id(W2))
+        if state is None:
+            step, empty = self._state_of(stack.trunks[i]["z"])["step"], W2.new_zeros(0, W2.shape[1])
+            state = self._states[id(W2)] = dict(step=step, exp_avg=empty, exp_avg_sq=empty)
         if missing := n - len(state["exp_avg"]):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.cat([state[name], W2.new_zeros(missing, W2.shape[1])])

@@ -200,9 +200,7 @@ class MLPStack:
 
     def predict(self, members: Sequence[int]):
         """theta from the present MLPs, written into these blocks' tensors in place."""
-        self.refresh()
-        for i in members:
-            self.output(i)
+        self._outputs(members)
         self.write(members)
 
     def refresh(self):
@@ -320,10 +318,13 @@ class MLPStack:
             if self.rest[i] is not None:
                 self.rest[i] = rest[count:].clone()
 
-    def _predict_all(self):
+    def _outputs(self, members: Sequence[int]):
         self.refresh()
-        for i in range(len(self.blocks)):
+        for i in members:
             self.output(i)
+
+    def _predict_all(self):
+        self._outputs(range(len(self.blocks)))
         self.theta += self.b2
 
     def _values(self) -> list[Tensor]:
