@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Seeds of methods at their chosen rates, scored on the test set; the report names the rates.
 # Usage: SEEDS=0,1,2 scripts/sweep_seeds.sh EXPERIMENT METHOD=RATE… [HYDRA OVERRIDES]
-# sdxl trains on two styles, or on dataset=…; dataset=twemoji_control is the control for twemoji.
+# sdxl trains on two styles, or on dataset=…; twemoji_control and blobs_control are their controls.
 source "$(dirname "$0")/multirun.sh"
 experiment=${1:?commonsense, vl_bart, sdxl or llava_cars}
 shift
@@ -10,7 +10,7 @@ sort_arguments "$@"
 data=()
 if [ "$experiment" = sdxl ]; then # two styles, and the base model, which is what is compared with
   if [[ " ${overrides[*]}" != *" dataset="* ]]; then
-    data=(dataset=twemoji,fluent)
+    data=(dataset=twemoji,blobs)
     [ "${overrides[0]}" = preset=small ] || data=(dataset=naruto,wikiart)
   fi
   [[ " ${overrides[*]}" == *_control* ]] ||

@@ -74,6 +74,8 @@ def test_emoji_that_a_style_lacks_are_in_no_aligned_style(tmp_path, monkeypatch)
     counts = {style: len(emoji(style, categories=PICTURES)) for style in STYLES}
     assert counts == {s: 10 if s == "google2017" else 11 for s in STYLES}
     assert missing["unified"].lower() not in emoji("google", categories=PICTURES)["id"][:]
+    shared = emoji("google", categories=PICTURES, also_in="google2017")["id"][:]
+    assert shared == emoji("google2017", categories=PICTURES)["id"][:]
 
 
 @pytest.mark.parametrize(

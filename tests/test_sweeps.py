@@ -124,7 +124,7 @@ def points(overrides):
         ("sweep_seeds.sh", ["sdxl", "lora=3e-3"], 2 + 6),
         ("sweep_seeds.sh", ["sdxl", "lora=3e-3", "preset=paper"], 2 + 6),
         ("sweep_seeds.sh", ["sdxl", "lora=3e-3", "dataset=twemoji"], 1 + 3),
-        ("sweep_seeds.sh", ["sdxl", "lora=3e-3", "dataset=twemoji_control"], 3),
+        ("sweep_seeds.sh", ["sdxl", "lora=3e-3", "dataset=blobs_control"], 3),
         ("sweep_mlp_width.sh", ["vl_bart", "opdora=1e-2"], 3 * 8),
         ("sweep_rank.sh", ["commonsense", "lora=3e-3", "oplora=3e-4"], 2 * 4 * 3),
         ("sweep_rank.sh", ["llava_cars", "oplora=3e-4"], 4 * 3),

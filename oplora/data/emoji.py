@@ -50,30 +50,45 @@ STYLES = {
 }
 
 
-def emoji(style: str, split: str | None = None, categories: Sequence[str] = CATEGORIES) -> Dataset:
+def emoji(
+    style: str,
+    split: str | None = None,
+    categories: Sequence[str] = CATEGORIES,
+    also_in: str | None = None,
+) -> Dataset:
     """Emoji of one style: columns id (code points), category, text and image (RGB 64×64 on white).
 
     style: "google", "twemoji" and "fluent" have the same rows in the same order; "google2020" and
         "google2017" (Google's style in those years) lack those that were not drawn yet.
     split: "train", "validation" (a tenth, by a hash of the id) or None for both.
     categories: of `PICTURES`.
+    also_in: a style; only emoji that it has, too, so that both have the same rows.
     """
-    for name, known, kind in [(style, STYLES, "style"), (split, (*SPLITS, None), "split")] + [
-        (category, PICTURES, "category") for category in categories
+    also_in = also_in or style
+    for name, known, kind in [
+        (style, STYLES, "style"),
+        (also_in, STYLES, "style"),
+        (split, (*SPLITS, None), "split"),
+        *((category, PICTURES, "category") for category in categories),
     ]:
         if name not in known:
             choices = ", ".join(repr(choice) for choice in known)
             raise ValueError(f"no {kind} is called {name!r}: choose from {choices}")
     if not categories:
         raise ValueError("no categories: name at least one of oplora.data.emoji.PICTURES")
-    folder = derived(STYLES[style].asset, "64px", lambda package, target: _write(style, target))
-    rows = load_from_disk(str(folder))
+    rows = _load(style)
+    wanted = set(_load(also_in)["id"])
     chosen = [
         index
         for index, (id, category) in enumerate(zip(rows["id"], rows["category"], strict=True))
-        if category in categories and split in (None, split_of(id))
+        if category in categories and split in (None, split_of(id)) and id in wanted
     ]
     return rows.select(chosen)
+
+
+def _load(style: str) -> Dataset:
+    folder = derived(STYLES[style].asset, "64px", lambda package, target: _write(style, target))
+    return load_from_disk(str(folder))
 
 
 def split_of(id: str) -> str:
