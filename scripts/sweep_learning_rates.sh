@@ -19,7 +19,8 @@ case $experiment in
     full=3e-5,1e-4,3e-4,1e-3,3e-3,1e-2 ;;
   sdxl)
     methods+=,pissa,full train_only=measure=false
-    op=1e-5,3e-5,1e-4,3e-4,1e-3 plain=3e-4,1e-3,3e-3,1e-2,3e-2 full=1e-5,3e-5,1e-4,3e-4,1e-3 ;;
+    op=3e-6,1e-5,3e-5,1e-4,3e-4,1e-3,3e-3 plain=1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
+    full=3e-6,1e-5,3e-5,1e-4,3e-4,1e-3,3e-3 ;;
   llava_cars)
     methods=lora,oplora,full
     # at width 768 OP-LoRA's steps are some hundred times larger

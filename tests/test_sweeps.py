@@ -115,10 +115,10 @@ def points(overrides):
     [
         ("sweep_learning_rates.sh", ["commonsense"], 7 * 5),
         ("sweep_learning_rates.sh", ["vl_bart"], 5 * 6),
-        ("sweep_learning_rates.sh", ["sdxl"], 6 * 5),
+        ("sweep_learning_rates.sh", ["sdxl"], 6 * 7),
         ("sweep_learning_rates.sh", ["llava_cars"], 3 * 5),
         ("sweep_learning_rates.sh", ["vl_bart", "method=loraplus,opvera", "preset=paper"], 2 * 6),
-        ("sweep_learning_rates.sh", ["sdxl", "preset=paper", "method=lora"], 5),
+        ("sweep_learning_rates.sh", ["sdxl", "preset=paper", "method=lora"], 7),
         ("sweep_learning_rates.sh", ["llava_cars", "preset=paper"], 3 * 5),
         ("sweep_seeds.sh", ["commonsense", "lora=3e-3", "oplora=3e-4"], 6),
         ("sweep_seeds.sh", ["sdxl", "lora=3e-3"], 2 + 6),
