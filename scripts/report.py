@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 PENDING = {  # the README's tables of experiments that may have no published runs
     "sdxl_small_twemoji": "sdxl",
+    "sdxl_small_blobs": "sdxl",
     "llava_cars_small": "llava_cars",
     "vl_bart_small": "vl_bart",
     "commonsense_small_float32": "commonsense",

@@ -28,7 +28,7 @@ from oplora.runs import Record
 SCALES = (
     "At the paper's scale q, k, v and the output of the attention layers are adapted at a constant "
     "learning rate. The small preset adapts all linear layers of the U-Net's transformers, with a "
-    "cosine schedule, and its learning rates are chosen on one of the two styles."
+    "cosine schedule, and its learning rates are chosen on one of the styles."
 )
 
 
