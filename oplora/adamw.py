@@ -17,7 +17,8 @@ class OPAdamW(OPOptimizer):
     Equal to `OPOptimizer(params, torch.optim.AdamW, …)`, but the rank-1 gradient h ⊗ g of W2 is
     formed a few rows at a time in a scratch that stays in cache, moments exist only for rows
     whose unit was ever on (about half of them), and z, W1, b1 and b2 of all blocks are updated
-    in one call. Other arguments: `OPOptimizer`.
+    in one call. fused, foreach: accepted as AdamW's, but it has its own form. Other arguments:
+    `OPOptimizer`.
     """
 
     _compact = True
@@ -31,6 +32,8 @@ class OPAdamW(OPOptimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
+        fused: bool | None = None,
+        foreach: bool | None = None,
         **mlp_options: Any,
     ):
         self._states: dict[int, dict[str, Tensor]] = {}  # by id of a tensor: step and moments

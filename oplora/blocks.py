@@ -32,6 +32,7 @@ class BlockOptimizer(Optimizer):
         optimizer_kwargs: dict[str, Any],
     ):
         self._trained = False
+        self._known: dict = {}  # tensors that were given, `check_tensor`
         self.stacks: list[MLPStack] = []
         self._outer: list[int] = []  # for every inner group its group here
         self.inner = optimizer_cls([torch.zeros(1, 1)], **optimizer_kwargs)
@@ -58,7 +59,7 @@ class BlockOptimizer(Optimizer):
         width = group.get("mlp_width", self.defaults["mlp_width"])
         if not isinstance(width, int) or width < 0:
             raise ValueError(f"mlp_width={width!r} must be a positive integer (0: no MLP)")
-        known = {id(t) for g in self.param_groups for t in g["params"]}
+        known = dict(self._known)
         for block, block_names in zip(blocks, names, strict=True):
             for tensor, name in zip(block, block_names, strict=True):
                 check_tensor(tensor, name, known)
@@ -67,6 +68,7 @@ class BlockOptimizer(Optimizer):
         if len(starts) != len(blocks):
             raise ValueError(f"start lists {len(starts)} blocks, the group has {len(blocks)}")
         super().add_param_group(group)
+        self._known = known
         del self.param_groups[index]["start"]
         self._built.append((list(group["params"]), names, starts))
         self._build(index, adopt=False)

@@ -10,10 +10,20 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NUMBERS = {  # options that are numbers: (whole ones alone?, the least)
+    "rank": (True, 1),
+    "mlp_width": (True, 0),
+    "lr": (False, 0),
+    "alpha": (False, 0),
+    "dropout": (False, 0),
+    "weight_decay": (False, 0),
+    "runtime.threads": (True, 1),
+}
+FLAGS = ("dry_run", "fine_tune", "measure", "score_test")
 USER_ERRORS = (
     HydraException,
     OmegaConfBaseException,
@@ -34,9 +44,13 @@ def experiment(name: str) -> Callable:
         @functools.wraps(main)
         def job(cfg: DictConfig) -> None:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                main(cfg)  # a failed member must not end the others: Hydra reports it afterwards
+                checked(cfg)  # a failed member must not end the others: Hydra reports it afterwards
             else:
-                _reported(main, cfg)
+                _reported(checked, cfg)
+
+        def checked(cfg: DictConfig) -> None:
+            check_values(cfg)
+            main(cfg)
 
         run = hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(job)
 
@@ -50,6 +64,21 @@ def experiment(name: str) -> Callable:
     return decorate
 
 
+def check_values(cfg: DictConfig) -> None:
+    """ValueError that names an option whose value is of the wrong kind."""
+    for name, (whole, least) in NUMBERS.items():
+        value = OmegaConf.select(cfg, name)
+        kinds = int if whole else int | float
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, kinds) or value < least
+        ):
+            kind = "a whole number" if whole else "a number"
+            raise ValueError(f"{name}={value} must be {kind}, at least {least}")
+    for name in FLAGS:
+        if not isinstance(value := cfg.get(name, False), bool):
+            raise ValueError(f"{name}={value} must be true or false")
+
+
 def _reported(function: Callable, *arguments) -> None:
     try:
         function(*arguments)
@@ -61,9 +90,13 @@ def _reported(function: Callable, *arguments) -> None:
 
 
 def _one_line(error: BaseException) -> str:
+    overrides = isinstance(error, HydraException)
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        group, _, rest = str(error.full_key).partition(".")
+        if rest and not overrides:
+            return f"this {group} is not for this experiment: it has no {error.full_key}"
         return f"there is no option {error.full_key!r}: --cfg job shows them all"
     text = " ".join(str(error).split())
     return text.partition(" Config search path:")[0]

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from oplora.checks import check_optimizer
 from oplora.entry import experiment
 from oplora.methods import OptimizerFactory, add_adapter
 from oplora.peft import parameter_report
@@ -142,6 +143,10 @@ def describe(cfg: DictConfig, auto_class: type) -> str:
     if not create.get("matched_steps", True):  # a control that trains no MLP
         options = {}
     options["lite"] = "lite" in OmegaConf.select(create, "create.path", default="")
+    if "optimizer" in create:
+        options["optimizer_cls"] = get_class(create.optimizer._target_)
+    if options.get("mlp_width"):
+        check_optimizer(options["optimizer_cls"])
     if adapter is not None:
         if hasattr(adapter, "init_lora_weights"):
             adapter.init_lora_weights = True  # others look at weights; the counts are the same

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oplora.adamw import OPAdamW
+from oplora.checks import check_optimizer
 from oplora.mlp import MLPWeights, hidden, pullback
 from oplora.peft import oplora_groups
 from oplora.shards import local
@@ -140,6 +141,7 @@ def create_oplora_lite_optimizer(
     model: nn.Module,
     optimizer_cls: type[Optimizer] = torch.optim.AdamW,
     *,
+    lr: float,
     mlp_width: int = 32,
     start: str = "auto",
     shared_trunk: bool = True,
@@ -147,5 +149,6 @@ def create_oplora_lite_optimizer(
 ) -> OPAdamWLite:
     """`oplora.create_oplora_optimizer` with `OPAdamWLite`, for AdamW alone."""
     if optimizer_cls is not torch.optim.AdamW:
+        check_optimizer(optimizer_cls)
         raise ValueError(f"the Lite form needs optimizer=adamw, not {optimizer_cls.__name__}")
-    return OPAdamWLite(oplora_groups(model, mlp_width, start, shared_trunk), **kwargs)
+    return OPAdamWLite(oplora_groups(model, mlp_width, start, shared_trunk), lr=lr, **kwargs)

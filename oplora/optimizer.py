@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from oplora.blocks import BlockOptimizer, state_dtype
-from oplora.checks import check_choice
+from oplora.checks import check_choice, check_optimizer
 from oplora.shards import local, whole
 from oplora.stack import MLPStack
 
@@ -61,13 +61,9 @@ class OPOptimizer(BlockOptimizer):
         check_choice("clip", clip, (None, "mlp"))
         check_choice("nonfinite", nonfinite, ("raise", "skip"))
         check_choice("edited", edited, ("absorb", "raise"))
-        if issubclass(optimizer_cls, torch.optim.LBFGS):
-            raise ValueError("LBFGS evaluates the loss within a step: use a first-order optimizer")
-        if hasattr(optimizer_cls, "eval"):
-            raise ValueError(
-                f"{optimizer_cls.__name__} evaluates other weights than it trains (schedule-free), "
-                "which the MLPs cannot follow: use AdamW, or train the adapter directly"
-            )
+        check_optimizer(optimizer_cls)
+        if clip and not (isinstance(max_norm, int | float) and max_norm > 0):
+            raise ValueError(f"max_norm={max_norm!r} must be a number above 0")
         self.clip, self.max_norm, self.nonfinite, self.edited = clip, max_norm, nonfinite, edited
         self.skipped_steps = 0
         mlp_options = dict(

@@ -5,6 +5,7 @@ adapter trains there; parameters outside adapted layers (modules_to_save, biases
 tokens, …) are trained directly.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Block(NamedTuple):
 
 
 def create_oplora_optimizer(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     optimizer_cls: type[Optimizer] = torch.optim.AdamW,
     *,
     lr: float,
@@ -46,9 +47,9 @@ def create_oplora_optimizer(
 ) -> OPOptimizer:
     """An optimizer with one MLP per adapted layer (OP-LoRA, section 4).
 
-    model: any module with PEFT adapters (PeftModel, diffusers' add_adapter, a list of both), after
-        wrapping with DDP or FSDP2. What it trains outside adapted layers rides along directly,
-        biases and norms without weight decay.
+    model: any module with PEFT adapters (PeftModel, diffusers' add_adapter), or a list of them
+        that are trained together, after wrapping with DDP or FSDP2. What it trains outside
+        adapted layers rides along directly, biases and norms without weight decay.
     optimizer_cls: AdamW gives `OPAdamW`, any other class `OPOptimizer` with it.
     start: "auto" takes the paper's start (B zero, A from the MLP) where PEFT's default
         initialisation left one factor of LoRA zero, else "keep"; "paper" insists on it and raises
@@ -64,9 +65,13 @@ def create_oplora_optimizer(
 
 
 def oplora_groups(
-    model: nn.Module, mlp_width: int = 32, start: str = "auto", shared_trunk: bool = True
+    model: nn.Module | Sequence[nn.Module],
+    mlp_width: int = 32,
+    start: str = "auto",
+    shared_trunk: bool = True,
 ) -> list[dict]:
     """Parameter groups for `OPOptimizer`: all blocks, then what is trained directly."""
+    model = _unwrap(model)
     blocks, others = adapter_blocks(model)
     if not blocks:
         raise ValueError(
@@ -179,7 +184,14 @@ def decay_groups(model: nn.Module, pairs: list[tuple[str, Tensor]]) -> list[dict
     return [group for group in groups if group["params"]]
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
+    if isinstance(model, list | tuple):
+        return nn.ModuleList(_unwrap(each) for each in model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"a {type(model).__name__} is no model: give the module with the adapter, or give "
+            "tensors to oplora.OPAdamW"
+        )
     if type(model).__name__ == "DeepSpeedEngine":
         raise ValueError("DeepSpeed is not supported: use DDP or FSDP2")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):

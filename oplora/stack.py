@@ -128,7 +128,15 @@ class MLPStack:
 
     def participating(self) -> list[int]:
         """Blocks of which at least one tensor has a gradient (torch skips the others too)."""
-        return [i for i, block in enumerate(self.blocks) if any(t.grad is not None for t in block)]
+        given = [[t.grad is not None for t in block] for block in self.blocks]
+        for names, block, flags in zip(self.names, self.blocks, given, strict=True):
+            if any(flags) and not all(t.requires_grad for t in block):
+                frozen = [n for n, t in zip(names, block, strict=True) if not t.requires_grad]
+                raise RuntimeError(
+                    f"{frozen[0]} was frozen after the optimizer was built, and its MLP goes on "
+                    "with the rest of its block: build the optimizer anew"
+                )
+        return [i for i, flags in enumerate(given) if any(flags)]
 
     def gradient(self) -> Tensor:
         """g = dL/dtheta of all blocks, flat; zero where a tensor has no gradient."""
@@ -150,6 +158,11 @@ class MLPStack:
         torch._foreach_copy_(self._theta_parts, self._values())
         if self.total(self.theta.sub_(self.written).abs_()) == 0:
             return []
+        if self.total((~self.written.isfinite()).float()) > 0:
+            raise FloatingPointError(
+                "the last step overflowed, the adapter holds NaN or Inf: lower the learning rate "
+                "and go on from a checkpoint"
+            )
         torch._foreach_copy_(self._theta_parts, self._values())
         change = self.theta - self.written
         names = [name for block_names in self.names for name in block_names]

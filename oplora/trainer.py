@@ -9,12 +9,15 @@ from transformers import Trainer
 
 from oplora.peft import create_oplora_optimizer
 
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+
 
 class OPTrainerMixin:
     """Put in front of any Trainer class: `class MyTrainer(OPTrainerMixin, Seq2SeqTrainer): pass`.
 
     optimizer_factory: a callable model -> optimizer; without it `create_oplora_optimizer` with
-    the learning rate, weight decay, betas and epsilon of the TrainingArguments. It is called
+    the learning rate, weight decay, betas and epsilon of the TrainingArguments, whose `optim`
+    must then be an AdamW. It is called
     with the prepared model: Trainer's own `optimizers=` is not allowed under FSDP.
     FSDP1 and DeepSpeed raise ValueError.
     """
@@ -23,6 +26,12 @@ class OPTrainerMixin:
         self, *args, optimizer_factory: Callable[[nn.Module], Optimizer] | None = None, **kwargs
     ):
         super().__init__(*args, **kwargs)
+        other = kwargs.get("optimizer_cls_and_kwargs") or self.args.optim not in ADAMW
+        if other and optimizer_factory is None:
+            raise ValueError(
+                f"optim={str(self.args.optim)!r} or optimizer_cls_and_kwargs would be ignored: "
+                "give optimizer_factory=partial(create_oplora_optimizer, optimizer_cls=…, lr=…)"
+            )
         self.optimizer_factory = optimizer_factory or partial(
             create_oplora_optimizer,
             lr=self.args.learning_rate,

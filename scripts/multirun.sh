@@ -20,7 +20,10 @@ sort_arguments() {
   for argument in "$@"; do
     case $argument in
       preset=*) overrides[0]=$argument ;;
-      *) if [ -f "configs/method/${argument%%=*}.yaml" ]; then rates+=("$argument")
+      *) if [ -f "configs/method/${argument%%=*}.yaml" ]; then
+           [[ $argument == *=* ]] ||
+             { echo "error: $argument has no rate: give methods as lora=3e-3" >&2; exit 2; }
+           rates+=("$argument")
          else overrides+=("$argument"); fi ;;
     esac
   done

@@ -28,6 +28,7 @@ case $experiment in
   *) echo "error: $experiment is no experiment with a sweep of rates" >&2; exit 2 ;;
 esac
 sort_arguments "$@"
+[ ${#rates[@]} -eq 0 ] || { echo "error: ${rates[*]}: give methods as method=lora,oplora" >&2; exit 2; }
 kept=()
 if [ "${overrides[0]}" = preset=paper ]; then # which trains on every image: a tenth is held out
   case $experiment in

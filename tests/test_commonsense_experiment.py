@@ -129,6 +129,24 @@ def test_a_method_that_reads_data_first_is_refused_at_once(setting, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ("rank=x", "rank=x must be a whole number, at least 1"),
+        ("lr=fast", "lr=fast must be a number"),
+        ("dry_run=yess", "dry_run=yess must be true or false"),
+        ("method=opmf", "this method is not for this experiment"),
+        ("optimizer=schedulefree", "schedule-free"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(tmp_path, wrong, words):
+    done = subprocess.run(
+        [sys.executable, "experiments/commonsense.py", "preset=small", "dry_run=true", wrong],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and words in done.stderr
+
+
 def test_missing_data_is_one_line(setting, tmp_path):
     done = run(setting, tmp_path / "runs", "records=nowhere")
     assert done.returncode == 2 and "nowhere" in done.stderr

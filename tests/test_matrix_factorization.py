@@ -82,6 +82,8 @@ def test_killed_and_started_again_equals_an_undisturbed_run(tmp_path):
         ("method=lora", "method=lora is an adapter"),
         ("optimizer=sgdd", "sgdd"),
         ("stepz=3", "there is no option 'stepz'"),
+        ("optimizer=prodigy", "this optimizer is not for this experiment"),
+        ("runtime.threads=x", "runtime.threads=x must be a whole number"),
         ("problem.rank=10", "rank=10"),
         ("rates=[0.1,-1]", "[-1]"),
         ("rates=[fast]", "['fast']"),

@@ -112,6 +112,33 @@ def test_nonfinite_gradients_of_directly_trained_tensors_never_poison(clip):
     assert all(t.isfinite().all() for t in [*(t for b in data for t in b), extra])
 
 
+def test_an_update_that_overflows_is_told_as_divergence():
+    """With finite gradients all the way: it is the MLPs' own product that overflows."""
+    torch.manual_seed(0)
+    A, B = torch.nn.Parameter(torch.randn(8, 100)), torch.nn.Parameter(torch.zeros(100, 8))
+    target = torch.rand(100, 100)
+    ours = oplora.OPOptimizer(
+        [[A, B]], torch.optim.SGD, lr=10.0, start="paper", nonfinite="skip", edited="raise"
+    )
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        for _ in range(60):
+            ours.zero_grad()
+            ((B @ A - target) ** 2).mean().backward()
+            ours.step()
+    assert ours.skipped_steps == 0
+
+
+def test_a_tensor_frozen_later_is_refused():
+    data = blocks()
+    ours = oplora.OPAdamW(data, mlp_width=8)
+    data[1][0].requires_grad_(False)
+    before = [t.detach().clone() for b in data for t in b]
+    losses(data).backward()
+    with pytest.raises(RuntimeError, match=r"group 0 tensor 1\.0 was frozen"):
+        ours.step()
+    assert all(torch.equal(t, b) for t, b in zip([t for x in data for t in x], before))
+
+
 @pytest.mark.parametrize("first, then", [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_a_cast_after_the_optimizer_was_built_is_no_edit(first, then):
     data = blocks(getattr(torch, first))
@@ -188,6 +215,9 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     losses(data).backward()
     ours.step()
     assert len(ours.param_groups) == 1
+    with pytest.raises(ValueError, match="is frozen"):
+        ours.add_param_group({"params": [*data[1:2], torch.ones(2)]})
+    ours.add_param_group({"params": data[1:2]})
 
 
 def test_zero_width_trains_directly():
@@ -228,14 +258,20 @@ def test_bad_arguments_are_named():
         (lambda: oplora.OPAdamW([parameter(2)], clip="adapter"), "adapter"),
         (lambda: oplora.OPAdamW([parameter(2)], lr=-1.0), "Invalid learning rate: -1.0"),
         (lambda: oplora.OPAdamW([shared, shared]), "twice"),
+        (lambda: oplora.OPAdamW([[shared], [("B", torch.nn.Parameter(shared.data))]]), "B shares"),
         (lambda: oplora.OPAdamW([("A", torch.ones(2))]), "A is frozen"),
         (lambda: oplora.OPAdamW([("A", torch.ones(2, dtype=torch.int8))]), "int8"),
         (lambda: oplora.OPOptimizer([parameter(2)], torch.optim.LBFGS), "LBFGS"),
+        (lambda: oplora.OPOptimizer([parameter(2)], torch.optim.SparseAdam), "SparseAdam"),
+        (lambda: oplora.OPOptimizer([parameter(2)], "adamw"), "'adamw' is no optimizer class"),
+        (lambda: oplora.OPAdamW([parameter(2)], clip="mlp", max_norm=-1), "max_norm=-1"),
         (lambda: oplora.OPAdamW([parameter(2)], amsgrad=True), "OPOptimizer"),
     ]
     for build, words in cases:
         with pytest.raises((ValueError, TypeError), match=words):
             build()
+    halves = torch.ones(4).split(2)  # of one buffer, side by side
+    oplora.OPAdamW([torch.nn.Parameter(half) for half in halves], fused=True, foreach=False)
 
 
 def test_repr_and_counts():

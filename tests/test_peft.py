@@ -179,6 +179,13 @@ def test_trainable_tokens_and_a_plain_module_around_the_model():
     assert "4 start='paper'" in repr(optimizer) and "3 tensors trained directly" in repr(optimizer)
 
 
+def test_models_in_a_list_are_trained_together():
+    models = [adapted(), adapted()]
+    optimizer = oplora.create_oplora_optimizer(models, lr=0.01, mlp_width=8)
+    names = [name for stack in optimizer.stacks for block in stack.names for name in block]
+    assert len(set(names)) == 16 and {name.split(".")[0] for name in names} == {"0", "1"}
+
+
 def test_only_the_active_adapter_is_trained():
     model = adapted()
     model.add_adapter("other", LoraConfig(r=2, init_lora_weights=False, **TARGETS))

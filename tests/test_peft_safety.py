@@ -9,6 +9,7 @@ from tiny_models import TARGETS, adapted, decoder, output, train
 from torch import nn
 
 import oplora
+from oplora.lite import create_oplora_lite_optimizer
 
 
 def test_values_loaded_behind_the_optimizer_are_absorbed_or_refused(tmp_path):
@@ -139,12 +140,22 @@ def test_errors_name_the_value_and_the_remedy():
         (lambda: build(quantised(), lr=1e-3), r"lora_A\.default\.weight has dtype torch.float8"),
         (lambda: build(adapted().to("meta"), lr=1e-3), "meta device"),
         (lambda: build(deepspeed(), lr=1e-3), "DeepSpeed"),
+        (lambda: build(tied(), lr=1e-3), "ensure_weight_tying"),
     ]
     for construct, words in cases:
         with pytest.raises(ValueError, match=words):
             construct()
     with pytest.raises(TypeError):
         build(adapted())  # a learning rate is never guessed
+    with pytest.raises(TypeError):
+        create_oplora_lite_optimizer(adapted())
+    with pytest.raises(TypeError, match="generator is no model"):
+        build(adapted().parameters(), lr=1e-3)
+
+
+def tied():
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    return peft.get_peft_model(decoder(tie_word_embeddings=True), config)
 
 
 def deepspeed():

@@ -152,8 +152,9 @@ def test_scripts_name_what_is_missing():
         command = ["bash", str(ROOT / "scripts" / script), "vl_bart"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and "=" in done.stderr
-    command = ["bash", str(ROOT / "scripts" / "sweep_learning_rates.sh"), "nothing"]
-    assert subprocess.run(command, capture_output=True).returncode == 2
+    for wrong in (["nothing"], ["vl_bart", "oplora"], ["vl_bart", "lora=3e-3"]):
+        command = ["bash", str(ROOT / "scripts" / "sweep_learning_rates.sh"), *wrong]
+        assert subprocess.run(command, capture_output=True).returncode == 2
 
 
 def test_a_failed_grid_is_told_by_the_scripts_exit_code():

@@ -119,6 +119,14 @@ def test_defaults_come_from_the_training_arguments(tmp_path):
     assert (group["eps"], group["betas"], group["weight_decay"]) == (1e-6, (0.9, 0.9), 0.01)
 
 
+@pytest.mark.parametrize(
+    "options", [dict(optim="sgd"), dict(trainer_kw=dict(optimizer_cls_and_kwargs=(1, {})))]
+)
+def test_an_optimizer_that_would_be_ignored_is_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="optimizer_factory=partial"):
+        trained(tmp_path, **options)
+
+
 def test_any_factory_and_any_trainer(tmp_path):
     class SequenceTrainer(oplora.OPTrainerMixin, Seq2SeqTrainer):
         pass

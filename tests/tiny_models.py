@@ -36,11 +36,11 @@ class Family(NamedTuple):
         return (model(**self.batch).sample - 1).square().mean()
 
 
-def decoder() -> LlamaForCausalLM:
+def decoder(**config) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64)
     return LlamaForCausalLM(
-        LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=32)
+        LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=32, **config)
     ).eval()
 
 
