@@ -66,6 +66,15 @@ def test_the_gate_is_judged_by_intervals(stored, tmp_path):
             assert not gated or rows.loc[claim, "verdict"] == "not testable at this scale"
 
 
+def test_missing_seeds_are_run_on_their_own_style(stored, tmp_path):
+    store(stored, "lora", 1e-3, 0, 0.3, value=0.4, dataset="blobs")
+    report.render(stored, tmp_path)
+    rows = table(tmp_path, "claims_open").set_index(["claim", "scope"])["to be run"]
+    found = rows["OP-LoRA is better than LoRA"]
+    (command,) = [value for scope, value in found.items() if "blobs" in scope]
+    assert command == "scripts/sweep_seeds.sh sdxl lora=0.001 oplora=0.0001 dataset=blobs"
+
+
 def test_half_the_rank(stored, tmp_path):
     report.render(stored, tmp_path)
     rows = table(tmp_path, "sdxl_small_fluent_ranks")

@@ -130,7 +130,10 @@ class Comparison:
         return {rate: mean_interval(v)[0] for rate, v in self.sweep.get(method, {}).items()}
 
     def command(self, *methods: str) -> str:
-        return command(self.experiment, self.preset, methods, self.chosen)
+        """What makes missing runs of these methods; seeds are run on this data set."""
+        text = command(self.experiment, self.preset, methods, self.chosen)
+        own = self.experiment == "sdxl" and "sweep_seeds" in text
+        return f"{text} dataset={self.variant}" if own else text
 
 
 def command(
