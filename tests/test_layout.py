@@ -13,8 +13,8 @@ PACKAGE = sorted((ROOT / "oplora").rglob("*.py"))
 CORE = [
     "mlp",
     "rank1",
-    "checks",
     "shards",
+    "checks",
     "stack",
     "blocks",
     "optimizer",
