@@ -6,7 +6,7 @@ from stored_runs import store_commonsense as store
 
 from oplora import report
 from oplora.report import commonsense
-from oplora.report.statistics import mean_interval, paired_bootstrap, shown
+from oplora.report.statistics import at_shared_steps, mean_interval, paired_bootstrap, shown
 
 
 @pytest.fixture
@@ -83,6 +83,12 @@ def test_cited_values_are_the_papers():
     assert rows.loc["oplora", "average"] == 77.1 and rows.shape == (6, 9)
     for name in rows.index[:2]:  # the paper's averages are those of its own columns
         assert abs(rows.loc[name].iloc[:8].mean() - rows.loc[name, "average"]) < 0.06
+
+
+def test_curves_that_were_evaluated_at_other_steps_meet_where_they_can():
+    steps, values = at_shared_steps([[[10, 3.0], [20, 2.0], [30, 1.0]], [[30, 5.0], [20, 4.0]]])
+    assert steps == [20, 30] and values.tolist() == [[2.0, 1.0], [4.0, 5.0]]
+    assert at_shared_steps([[[10, 1.0]], [[20, 1.0]]])[0] == at_shared_steps([])[0] == []
 
 
 def test_statistics_by_hand():

@@ -5,13 +5,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy
 import pandas
 import yaml
 from matplotlib.figure import Figure
 
 from oplora.report.page import Picture, Table
-from oplora.report.statistics import mean_interval
+from oplora.report.statistics import at_shared_steps, mean_interval
 from oplora.runs import Record
 
 NAMES = {
@@ -203,8 +202,7 @@ def curves(
     for method, records in runs.items():
         lines = [line for r in records if (line := points(r))]
         if lines:
-            xs = [x for x, _ in lines[0]]
-            values = numpy.array([[y for _, y in line] for line in lines])
+            xs, values = at_shared_steps(lines)
             (drawn,) = axis.plot(xs, values.mean(0), _line(method), label=name_of(method))
             axis.fill_between(
                 xs, values.min(0), values.max(0), color=drawn.get_color(), alpha=0.15, lw=0

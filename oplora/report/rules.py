@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from oplora.report.comparison import Comparison, command, good_rates
 from oplora.report.methods import name_of, shipped
-from oplora.report.statistics import mean_interval
+from oplora.report.statistics import at_shared_steps, mean_interval
 
 HOLDS, IN_A_RANGE, FAILS = "holds", "holds in a range", "does not hold"
 UNTESTABLE, NOT_RUN = "not testable at this scale", "not run yet"
@@ -270,8 +270,8 @@ def lower_at(c: Comparison, method: str, base: str) -> list[float]:
 def loss_curve(c: Comparison, method: str) -> list[tuple[int, float]]:
     """Mean over seeds of (step, validation loss) at the method's best rate."""
     curves = [r.metrics.get("validation_loss") for r in c.at_best.get(method, [])]
-    points = zip(*(curve for curve in curves if curve), strict=False)
-    return [(same[0][0], sum(loss for _, loss in same) / len(same)) for same in points]
+    steps, losses = at_shared_steps([curve for curve in curves if curve])
+    return list(zip(steps, losses.mean(0).tolist(), strict=True)) if steps else []
 
 
 def difference(c: Comparison, method: str, base: str) -> str:

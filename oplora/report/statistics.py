@@ -31,6 +31,15 @@ def shown(values: Sequence[float], digits: int, scale: float = 1.0) -> str | Non
     return f"{mean:.{digits}f} ± {half:.{digits}f} ({len(values)})"
 
 
+def at_shared_steps(
+    curves: Sequence[Sequence[tuple[float, float]]],
+) -> tuple[list[float], numpy.ndarray]:
+    """Steps at which all curves of (step, value) have a value, and these values (curves, steps)."""
+    tables = [dict(curve) for curve in curves]
+    steps = sorted(set.intersection(*map(set, tables))) if tables else []
+    return steps, numpy.array([[table[step] for step in steps] for table in tables])
+
+
 def paired_bootstrap(
     differences: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000
 ) -> tuple[float, float, float]:
