@@ -4,13 +4,14 @@
 """
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oplora.checks import check_tensor
+from oplora.checks import check_tensor, places
 from oplora.shards import local
 from oplora.stack import MLPStack
 
@@ -32,7 +33,6 @@ class BlockOptimizer(Optimizer):
         optimizer_kwargs: dict[str, Any],
     ):
         self._trained = False
-        self._known: dict = {}  # tensors that were given, `check_tensor`
         self.stacks: list[MLPStack] = []
         self._outer: list[int] = []  # for every inner group its group here
         self.inner = optimizer_cls([torch.zeros(1, 1)], **optimizer_kwargs)
@@ -59,7 +59,12 @@ class BlockOptimizer(Optimizer):
         width = group.get("mlp_width", self.defaults["mlp_width"])
         if not isinstance(width, int) or width < 0:
             raise ValueError(f"mlp_width={width!r} must be a positive integer (0: no MLP)")
-        known = dict(self._known)
+        known = {
+            place: name
+            for group_of, (_, names_of, _) in zip(self.param_groups, self._built, strict=True)
+            for tensor, name in zip(group_of["params"], chain(*names_of), strict=True)
+            for place in places(tensor)
+        }
         for block, block_names in zip(blocks, names, strict=True):
             for tensor, name in zip(block, block_names, strict=True):
                 check_tensor(tensor, name, known)
@@ -68,7 +73,6 @@ class BlockOptimizer(Optimizer):
         if len(starts) != len(blocks):
             raise ValueError(f"start lists {len(starts)} blocks, the group has {len(blocks)}")
         super().add_param_group(group)
-        self._known = known
         del self.param_groups[index]["start"]
         self._built.append((list(group["params"]), names, starts))
         self._build(index, adopt=False)

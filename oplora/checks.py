@@ -27,13 +27,19 @@ def check_optimizer(optimizer_cls):
         )
 
 
+def places(tensor: Tensor) -> list:
+    """What no other tensor of an optimizer may share: identity, and where its values begin."""
+    mine = local(tensor)
+    start = (mine.device, mine.untyped_storage().data_ptr(), mine.storage_offset())
+    return [id(tensor), *([start] if mine.numel() else [])]
+
+
 def check_tensor(tensor, name: str, known: dict):
-    """known: names of the tensors so far, by id and by place in memory; this one is added."""
+    """known: names of the tensors so far, by their `places`; this one's are added."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, not a tensor")
     if id(tensor) in known:
         raise ValueError(f"{name} is given twice: a tensor belongs to one block of one group")
-    known[id(tensor)] = name
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise ValueError(f"{name} has dtype {tensor.dtype}: quantised tensors cannot be predicted")
     if tensor.is_meta:
@@ -46,13 +52,12 @@ def check_tensor(tensor, name: str, known: dict):
         raise ValueError(
             f"{name} belongs to DeepSpeed ZeRO-3, which is not supported: use DDP or FSDP2"
         )
-    mine = local(tensor)
-    if mine.numel():
-        place = (mine.device, mine.untyped_storage().data_ptr(), mine.storage_offset())
-        if known.setdefault(place, name) != name:
+    for place in places(tensor):
+        if place in known:
             raise ValueError(
                 f"{name} shares its memory with {known[place]} (as PEFT's ensure_weight_tying "
                 "makes it): two MLPs cannot predict one value, leave one of them out"
             )
+        known[place] = name
     if getattr(tensor, "_is_flat_param", False) or type(tensor).__name__ == "FlatParameter":
         raise ValueError(f"{name} is an FSDP1 flat parameter: use FSDP2 (fsdp_version: 2)")

@@ -64,10 +64,9 @@ def emoji(
     categories: of `PICTURES`.
     also_in: a style; only emoji that it has, too, so that both have the same rows.
     """
-    also_in = also_in or style
     for name, known, kind in [
         (style, STYLES, "style"),
-        (also_in, STYLES, "style"),
+        (also_in, (*STYLES, None), "style"),
         (split, (*SPLITS, None), "split"),
         *((category, PICTURES, "category") for category in categories),
     ]:
@@ -77,11 +76,11 @@ def emoji(
     if not categories:
         raise ValueError("no categories: name at least one of oplora.data.emoji.PICTURES")
     rows = _load(style)
-    wanted = set(_load(also_in)["id"])
+    shared = set((rows if also_in is None else _load(also_in))["id"])
     chosen = [
         index
         for index, (id, category) in enumerate(zip(rows["id"], rows["category"], strict=True))
-        if category in categories and split in (None, split_of(id)) and id in wanted
+        if category in categories and split in (None, split_of(id)) and id in shared
     ]
     return rows.select(chosen)
 
