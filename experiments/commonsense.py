@@ -26,7 +26,7 @@ def main(cfg: DictConfig, run: Run) -> None:
     }
     collator = instantiate(cfg.collator)(tokenizer)
     model = instantiate(cfg.model)
-    model, create_optimizer = apply_method(model, cfg.method)
+    model, create_optimizer = apply_method(model, cfg.method, direct_lr=cfg.direct_lr)
     metrics = train(
         model,
         create_optimizer,

@@ -36,7 +36,7 @@ def main(cfg: DictConfig, run: Run) -> None:
     pictures = model.cache_features(pictures, 1e9 * cfg.cache.limit_gb, cfg.cache.batch_size)
     metrics = guesses(labels["train"], labels["test"], classes)
     if cfg.fine_tune:
-        model, create_optimizer = apply_method(model, cfg.method)
+        model, create_optimizer = apply_method(model, cfg.method, direct_lr=cfg.direct_lr)
         metrics |= train(
             model,
             create_optimizer,

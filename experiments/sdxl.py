@@ -61,7 +61,7 @@ def fine_tune(
 ) -> dict:
     """Train the method's adapter in the pipeline's U-Net and export it; the run's figures."""
     pipeline.unet.requires_grad_(False)
-    unet, create_optimizer = apply_method(pipeline.unet, cfg.method)
+    unet, create_optimizer = apply_method(pipeline.unet, cfg.method, direct_lr=cfg.direct_lr)
     cast_training_params(unet)  # the adapter in float32 on a half-precision base
     initial = adapter_state(unet)
     validation = encoded.get("validation")

@@ -30,7 +30,7 @@ def main(cfg: DictConfig, run: Run) -> None:
     check_images((i for side in sides.values() for each in side.values() for i in each), grids)
     collator = VLCollator(tokenizer, grids, cfg.tasks)
     model = instantiate(cfg.model)
-    adapted, create_optimizer = apply_method(model, cfg.method)
+    adapted, create_optimizer = apply_method(model, cfg.method, direct_lr=cfg.direct_lr)
     evaluate = partial(instantiate(cfg.evaluate), model, tokenizer, collator.inputs)
     equal = dict.fromkeys(cfg.tasks, cfg.evaluate.batch_size)  # Trainer averages over batches
     epochs = EpochScores(

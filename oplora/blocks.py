@@ -15,6 +15,8 @@ from oplora.checks import check_tensor, places
 from oplora.shards import local
 from oplora.stack import MLPStack
 
+INITIAL = ("init", "z_dim", "z_std", "trunk_bias", "head_gain")  # options of `initial_mlp`
+
 
 class BlockOptimizer(Optimizer):
     """Parameter groups of blocks, a stack of MLPs for each, and an optimizer inside for these.
@@ -99,7 +101,7 @@ class BlockOptimizer(Optimizer):
                 seed=group["seed"],
                 compact=self._compact,
                 adopt=adopt,
-                **{key: group[key] for key in ("z_dim", "z_init", "kaiming_a")},
+                **{key: group[key] for key in INITIAL},
             )
             for i, resolved in zip(members, stack.starts, strict=True):
                 starts[i] = resolved
@@ -162,7 +164,8 @@ class BlockOptimizer(Optimizer):
         starts: dict[str, int] = {}
         for stack in self.stacks:
             for start in stack.starts:
-                kind = "paper" if "random" in start else "keep"
+                kind = next((k for k in ("random", "keep") if k in start), "still")
+                kind = "paper" if kind == "random" else kind
                 starts[kind] = starts.get(kind, 0) + 1
         chosen = ", ".join(f"{count} start={kind!r}" for kind, count in starts.items())
         direct = sum(len(g["params"]) for g in self.param_groups if not g["mlp_width"])

@@ -274,10 +274,11 @@ def build(
     mlps, plain_A = {"A": [], "B": []}, []
     for seed in seeds:
         generator = torch.Generator().manual_seed(10_000 + seed)
-        for name, start in (("A", "random"), ("B", "zero")):
-            empty = torch.empty(shapes[name])
-            mlps[name].append(initial_mlp([empty], [start], generator=generator, **mlp_options))
+        for name, start in (("A", "random"), ("B", "still")):
+            zeros = torch.zeros(shapes[name])
+            mlps[name].append(initial_mlp([zeros], [start], generator=generator, **mlp_options))
         bound = 1 / math.sqrt(problem.columns)
+        generator = torch.Generator().manual_seed(20_000 + seed)
         plain_A.append(torch.empty(shapes["A"]).uniform_(-bound, bound, generator=generator))
 
     def all_members(per_seed):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oplora.adamw import OPAdamW
+from oplora.blocks import INITIAL
 from oplora.checks import check_optimizer
 from oplora.mlp import MLPWeights, hidden, pullback
 from oplora.peft import oplora_groups
@@ -53,7 +54,7 @@ class LiteStack(MLPStack):
         units, kept, first = self.on[i].nonzero().flatten(), [], 0
         for tensor, start in zip(self.blocks[i], self.starts[i], strict=True):
             columns = slice(first, first + local(tensor).numel())
-            if start != "zero":
+            if start != "still":
                 kept.append((columns, W2[units, columns]))
             first = columns.stop
         return units, kept
@@ -128,7 +129,7 @@ class OPAdamWLite(OPAdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]):
         for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for key in ("seed", "z_init", "kaiming_a"):
+            for key in ("seed", *INITIAL):
                 if key in saved and saved[key] != mine[key]:
                     raise ValueError(
                         f"the state was saved with {key}={saved[key]}, from which W2 is drawn "
@@ -145,10 +146,15 @@ def create_oplora_lite_optimizer(
     mlp_width: int = 32,
     start: str = "auto",
     shared_trunk: bool = True,
+    init: str = "author",
+    direct_lr: float | None = None,
     **kwargs: Any,
 ) -> OPAdamWLite:
     """`oplora.create_oplora_optimizer` with `OPAdamWLite`, for AdamW alone."""
     if optimizer_cls is not torch.optim.AdamW:
         check_optimizer(optimizer_cls)
         raise ValueError(f"the Lite form needs optimizer=adamw, not {optimizer_cls.__name__}")
-    return OPAdamWLite(oplora_groups(model, mlp_width, start, shared_trunk), lr=lr, **kwargs)
+    groups = oplora_groups(
+        model, mlp_width, start, shared_trunk=shared_trunk, init=init, direct_lr=direct_lr
+    )
+    return OPAdamWLite(groups, lr=lr, init=init, **kwargs)

@@ -12,22 +12,49 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 from torch.optim import Optimizer
 
-from oplora.peft import decay_groups
+from oplora.peft import adapter_blocks, decay_groups
 
 OptimizerFactory = Callable[[nn.Module], Optimizer]
 
 
 def apply_method(
-    model: nn.Module, method: DictConfig, batches: Iterable[dict] | None = None
+    model: nn.Module,
+    method: DictConfig,
+    batches: Iterable[dict] | None = None,
+    *,
+    direct_lr: float | None = None,
 ) -> tuple[nn.Module, OptimizerFactory]:
     """The model with the method's adapter, and a callable model -> optimizer.
 
     method: the node of one of configs/method/*.yaml, still in its config (it refers to the
     experiment's rank, learning rate, …). batches: inputs with labels, for methods that initialise
-    from data (lora_ga, eva); others do not read them. Call the factory after wrapping the model.
+    from data (lora_ga, eva); others do not read them. direct_lr: the learning rate of what is
+    trained besides an adapter; None: the adapter's. Call the factory after wrapping the model.
     """
     parts = instantiate(method, _convert_="all")
-    return parts["adapt"](model, parts["adapter"], batches), parts["create_optimizer"]
+
+    def create_optimizer(model: nn.Module) -> Optimizer:
+        optimizer = parts["create_optimizer"](model)
+        if direct_lr is not None and parts["adapter"] is not None:
+            set_direct_lr(optimizer, model, direct_lr)
+        return optimizer
+
+    return parts["adapt"](model, parts["adapter"], batches), create_optimizer
+
+
+def set_direct_lr(optimizer: Optimizer, model: nn.Module, lr: float):
+    """Give what is trained besides the adapters groups of their own, at this learning rate.
+
+    For an optimizer of any class that has made no step yet.
+    """
+    adapter = {id(t) for block in adapter_blocks(model)[0] for t in block.tensors}
+    for group in list(optimizer.param_groups):
+        direct = [p for p in group["params"] if id(p) not in adapter]
+        if len(direct) == len(group["params"]):
+            group["lr"] = lr
+        elif direct:
+            group["params"] = [p for p in group["params"] if id(p) in adapter]
+            optimizer.param_groups.append({**group, "params": direct, "lr": lr})
 
 
 def train_everything(model: nn.Module, adapter: None, batches: Iterable[dict] | None):

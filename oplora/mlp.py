@@ -15,7 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-STARTS = ("zero", "random", "keep")
+STARTS = ("random", "keep", "still")  # of one tensor
+INITS = {  # z's standard deviation, and does the trunk start with a bias?
+    "author": (0.01, True),
+    "text": (1.0, False),
+}
 
 
 class MLPWeights(NamedTuple):
@@ -54,32 +58,41 @@ def initial_mlp(
     starts: Sequence[str],
     width: int = 32,
     *,
+    init: str = "author",
     z_dim: int = 128,
-    z_init: str = "normal",
-    kaiming_a: float = math.sqrt(5),
+    z_std: float | None = None,
+    trunk_bias: bool | None = None,
+    head_gain: float = 1.0,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> MLPWeights:
-    """Initial weights, on the CPU (OP-LoRA, supplement 2.1: Kaiming uniform, biases zero).
+    """Initial weights, on the CPU.
 
-    One entry of `starts` per tensor says what its rows of W2 and b2 are:
-    "zero": both zero, so the tensor starts at zero (the paper's B);
-    "random": Kaiming rows, b2 zero: the tensor takes the MLP's value (the paper's A);
-    "keep": Kaiming rows, and b2 = tensor - W2 h, so the tensor keeps its present value.
-    The paper leaves open: z_dim and z's distribution ("normal" N(0, 1) or "uniform" U(0, 1)),
-    and `kaiming_a` (sqrt 5 is the bound of torch.nn.Linear, 0 that of kaiming_uniform_).
+    One entry of `starts` per tensor says what its columns of W2 and b2 are:
+    "random": W2 ~ U(±head_gain/√width), b2 zero: the tensor takes the MLP's value (the paper's A);
+    "keep": the same W2, and b2 = tensor - W2ᵀ h, so the tensor keeps its present value;
+    "still": W2 zero and b2 = tensor (the paper's B, and in its code DoRA's magnitude).
+    init: "author" as in the paper's code, z ~ N(0, 0.01²) and torch.nn.Linear's trunk,
+    W1, b1 ~ U(±1/√z_dim); "text" as in its text (supplement 2.1), b1 zero and z, which it leaves
+    open, ~ N(0, 1). z_std and trunk_bias replace what `init` says of them.
     """
     if not (isinstance(width, int) and isinstance(z_dim, int) and width > 0 and z_dim > 0):
         raise ValueError(f"mlp width={width!r} and z_dim={z_dim!r} must be integers from 1")
-    if z_init not in ("normal", "uniform"):
-        raise ValueError(f"z_init={z_init!r} is unknown: use 'normal' or 'uniform'")
-    draw = torch.randn if z_init == "normal" else torch.rand
-    z = draw(z_dim, generator=generator, dtype=dtype)
+    if init not in INITS:
+        raise ValueError(f"init={init!r} is unknown: use {' or '.join(map(repr, INITS))}")
+    z_std = INITS[init][0] if z_std is None else z_std
+    trunk_bias = INITS[init][1] if trunk_bias is None else trunk_bias
+    for name, value in (("z_std", z_std), ("head_gain", head_gain)):
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{name}={value!r} must be a number above 0")
+    z = z_std * torch.randn(z_dim, generator=generator, dtype=dtype)
     W1 = torch.empty(width, z_dim, dtype=dtype)
-    nn.init.kaiming_uniform_(W1, a=kaiming_a, generator=generator)
+    nn.init.kaiming_uniform_(W1, a=math.sqrt(5), generator=generator)  # U(±1/√z_dim)
     b1 = torch.zeros(width, dtype=dtype)
+    if trunk_bias:
+        b1.uniform_(-1 / math.sqrt(z_dim), 1 / math.sqrt(z_dim), generator=generator)
     h = hidden(z, W1, b1)
-    bound = math.sqrt(6 / ((1 + kaiming_a**2) * width))  # Kaiming's, with fan-in = width
+    bound = head_gain / math.sqrt(width)
     rows, biases = [], []
     for tensor, start in zip(tensors, starts, strict=True):
         if start not in STARTS:
@@ -87,30 +100,32 @@ def initial_mlp(
         size = tensor.numel()
         W2 = torch.zeros(width, size, dtype=dtype)
         b2 = torch.zeros(size, dtype=dtype)
-        if start != "zero":
+        if start != "still":
             W2.uniform_(-bound, bound, generator=generator)
-        if start == "keep":
-            b2 = tensor.detach().reshape(-1).to("cpu", dtype) - h @ W2
+        if start != "random":
+            b2 = tensor.detach().reshape(-1).to("cpu", dtype, copy=True) - h @ W2
         rows.append(W2)
         biases.append(b2)
     return MLPWeights(z, W1, b1, torch.cat(rows, 1), torch.cat(biases))
 
 
 def resolve_starts(start: str, zero: Sequence[bool]) -> list[str]:
-    """A start for every tensor of a block, from "paper" or "keep" and which tensors are zero.
+    """A start for every tensor of a block, from one word and which tensors are zero.
 
-    A tensor that is zero gets the zero rows in both. "paper" lets the MLP replace the others,
-    which leaves the model unchanged only if a zero tensor multiplies them.
+    A tensor that is zero stands "still" in all. "paper" lets the MLP replace the others, which
+    leaves the model unchanged only if a zero tensor multiplies them.
     """
-    if start not in ("paper", "keep"):
-        raise ValueError(f"start={start!r} is unknown: use 'paper', 'keep' or a list per block")
+    if start not in ("paper", "keep", "still"):
+        raise ValueError(
+            f"start={start!r} is unknown: use 'paper', 'keep', 'still' or a list per block"
+        )
     if start == "paper" and not any(zero):
         raise ValueError(
             "start='paper' needs a tensor that starts at zero (LoRA's B), else the MLP would "
             "replace trained values: use start='keep'"
         )
-    other = "random" if start == "paper" else "keep"
-    return ["zero" if is_zero else other for is_zero in zero]
+    other = "random" if start == "paper" else start
+    return ["still" if is_zero else other for is_zero in zero]
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -8,7 +8,6 @@ MLP: its adapter stays a plain one, at every step.
 `OPOptimizer` serves any torch.optim class; `oplora.adamw.OPAdamW` is the fast form for AdamW.
 """
 
-import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -29,9 +28,10 @@ class OPOptimizer(BlockOptimizer):
     params: as for any torch optimizer, tensors or (name, tensor) pairs or groups of them, each
     tensor with an MLP of its own; or lists of these: a list is a block, predicted by one MLP.
     A group with `mlp_width=0` is trained directly, as without this class.
-    mlp_width, z_dim, z_init, kaiming_a: `oplora.mlp.initial_mlp`; may differ between groups.
-    start: "keep", "paper" (`oplora.mlp.resolve_starts`) or a list with one start per tensor for
-        every block. Tensors that start at zero always get zero rows of W2.
+    mlp_width, init, z_dim, z_std, trunk_bias, head_gain: `oplora.mlp.initial_mlp`; may differ
+        between groups.
+    start: "keep", "still", "paper" (`oplora.mlp.resolve_starts`) or a list with one start per
+        tensor for every block.
     seed: with the tensors' names it fixes the MLPs' initial weights.
     clip: "mlp" clips the gradient norm of all MLPs and directly trained tensors at `max_norm`,
         as clip_grad_norm_ does where the MLPs are modules; None leaves clipping to the trainer.
@@ -47,9 +47,11 @@ class OPOptimizer(BlockOptimizer):
         optimizer_cls: type[Optimizer] = torch.optim.AdamW,
         *,
         mlp_width: int = 32,
+        init: str = "author",
         z_dim: int = 128,
-        z_init: str = "normal",
-        kaiming_a: float = math.sqrt(5),
+        z_std: float | None = None,
+        trunk_bias: bool | None = None,
+        head_gain: float = 1.0,
         start: str | list[list[str]] = "keep",
         seed: int = 0,
         clip: str | None = None,
@@ -68,9 +70,11 @@ class OPOptimizer(BlockOptimizer):
         self.skipped_steps = 0
         mlp_options = dict(
             mlp_width=mlp_width,
+            init=init,
             z_dim=z_dim,
-            z_init=z_init,
-            kaiming_a=kaiming_a,
+            z_std=z_std,
+            trunk_bias=trunk_bias,
+            head_gain=head_gain,
             seed=seed,
             start=start,
         )

@@ -43,6 +43,8 @@ def create_oplora_optimizer(
     mlp_width: int = 32,
     start: str = "auto",
     shared_trunk: bool = True,
+    init: str = "author",
+    direct_lr: float | None = None,
     **kwargs,
 ) -> OPOptimizer:
     """An optimizer with one MLP per adapted layer (OP-LoRA, section 4).
@@ -53,22 +55,30 @@ def create_oplora_optimizer(
     optimizer_cls: AdamW gives `OPAdamW`, any other class `OPOptimizer` with it.
     start: "auto" takes the paper's start (B zero, A from the MLP) where PEFT's default
         initialisation left one factor of LoRA zero, else "keep"; "paper" insists on it and raises
-        ValueError where it would replace trained values; "keep" leaves every value as it is.
-        The model's output at step 0 is the same in all three.
+        ValueError where it would replace trained values; "keep" leaves every value as it is, and
+        so does "still", with W2 zero for every tensor. The model's output at step 0 is the same
+        in all of them.
     shared_trunk: False gives every tensor an MLP of its own (two trunks for LoRA).
-    kwargs: of optimizer_cls and of `OPOptimizer` (z_dim, z_init, kaiming_a, seed, clip, …).
+    init: "author", the start of the paper's code, or "text", its text's (`oplora.mlp.initial_mlp`).
+    direct_lr: the learning rate of what is trained besides the adapters; None: lr.
+    kwargs: of optimizer_cls and of `OPOptimizer` (z_dim, z_std, seed, clip, …).
     """
-    groups = oplora_groups(model, mlp_width, start, shared_trunk)
+    groups = oplora_groups(
+        model, mlp_width, start, shared_trunk=shared_trunk, init=init, direct_lr=direct_lr
+    )
     if optimizer_cls is torch.optim.AdamW:
-        return OPAdamW(groups, lr=lr, **kwargs)
-    return OPOptimizer(groups, optimizer_cls, lr=lr, **kwargs)
+        return OPAdamW(groups, lr=lr, init=init, **kwargs)
+    return OPOptimizer(groups, optimizer_cls, lr=lr, init=init, **kwargs)
 
 
 def oplora_groups(
     model: nn.Module | Sequence[nn.Module],
     mlp_width: int = 32,
     start: str = "auto",
+    *,
     shared_trunk: bool = True,
+    init: str = "author",
+    direct_lr: float | None = None,
 ) -> list[dict]:
     """Parameter groups for `OPOptimizer`: all blocks, then what is trained directly."""
     model = _unwrap(model)
@@ -79,13 +89,14 @@ def oplora_groups(
             "add_adapter), activate it (set_adapter) and do not freeze it; prompt-learning "
             "methods have no adapted layers"
         )
-    starts = [_starts(block, start) for block in blocks]
+    starts = [_starts(block, start, init) for block in blocks]
     pairs = [list(zip(block.names, block.tensors, strict=True)) for block in blocks]
     if not shared_trunk:
         pairs = [[pair] for block in pairs for pair in block]
         starts = [[s] for block in starts for s in block]
     groups = [{"params": pairs, "start": starts, "mlp_width": mlp_width}]
-    direct = [{**group, "mlp_width": 0} for group in decay_groups(model, others)]
+    rate = {} if direct_lr is None else {"lr": direct_lr}
+    direct = [{**group, "mlp_width": 0, **rate} for group in decay_groups(model, others)]
     return groups + direct
 
 
@@ -225,10 +236,10 @@ def _config(configs: dict[str, dict], path: str, adapter: str):
     return None
 
 
-def _starts(block: Block, start: str) -> list[str]:
+def _starts(block: Block, start: str, init: str) -> list[str]:
     """A start for every tensor of the block (`oplora.mlp.initial_mlp`)."""
-    if start not in ("auto", "paper", "keep"):
-        raise ValueError(f"start={start!r} is unknown: use 'auto', 'paper' or 'keep'")
+    if start not in ("auto", "paper", "keep", "still"):
+        raise ValueError(f"start={start!r} is unknown: use 'auto', 'paper', 'keep' or 'still'")
     zero = [_is_zero(tensor) for tensor in block.tensors]
     is_factor = [kind in _FACTORS for kind in block.kinds]
     lora = getattr(block.config, "peft_type", None) == PeftType.LORA
@@ -241,8 +252,10 @@ def _starts(block: Block, start: str) -> list[str]:
     # Other initialisations that leave B zero (EVA) have chosen A on purpose.
     default = lora and block.config.init_lora_weights in (True, "gaussian")
     replace = possible and (start == "paper" or (start == "auto" and default))
+    # In the paper's code DoRA's magnitude is ‖W0‖ plus an offset that starts at zero.
+    other = "still" if start == "still" or (replace and init == "author") else "keep"
     return [
-        "zero" if z else "random" if replace and factor else "keep"
+        "still" if z else "random" if replace and factor else other
         for z, factor in zip(zero, is_factor, strict=True)
     ]
 

@@ -2,12 +2,13 @@
 
 A run is finished exactly if its metrics.json is there; it is written in one step (temporary file,
 then rename), so a killed run is never mistaken for a finished one. The folder's name ends in a
-hash of the config, without its `runtime` part (where and how to run, not what).
+hash of `identity(config)`.
 """
 
 import contextlib
 import ctypes
 import gc
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+PRESENTATION = ("title", "role", "mlp", "grid")  # of a method: how it is shown and swept
 _PACKAGES = ("oplora", "torch", "transformers", "diffusers", "peft", "accelerate", "datasets")
 
 
@@ -59,16 +61,40 @@ class Run:
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that says what is computed."""
-    return {key: value for key, value in config.items() if key != "runtime"}
+    """The part of a config that says what is computed.
+
+    Left out are `runtime` (where and how to run), a method's presentation, options that are null
+    (a new option does not make earlier runs other ones), and of dotted names of our own code all
+    but the last part (code may move).
+    """
+    config = {key: value for key, value in config.items() if key != "runtime"}
+    if isinstance(method := config.get("method"), dict):
+        config["method"] = {k: v for k, v in method.items() if k not in PRESENTATION}
+    return _essential(config)
+
+
+def _essential(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _essential(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_essential(each) for each in value]
+    if isinstance(value, str) and value.startswith("oplora."):
+        return value.rsplit(".", 1)[-1]
+    return value
 
 
 def run_folder(config: dict[str, Any]) -> Path:
     """runs_dir / experiment / preset / run_name-<hash>, all from the config."""
-    text = json.dumps(identity(config), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    runs_dir = Path(config["runtime"]["runs_dir"])
-    return runs_dir / config["experiment"] / config["preset"] / f"{config['run_name']}-{digest}"
+    mine = identity(config)
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:8]
+    parent = Path(config["runtime"]["runs_dir"]) / config["experiment"] / config["preset"]
+    path = parent / f"{config['run_name']}-{digest}"
+    if not path.exists():  # a run from before the code moved has the hash of its time
+        for earlier in sorted(parent.glob(f"{glob.escape(config['run_name'])}-????????")):
+            with contextlib.suppress(ValueError):
+                if identity(_read_yaml(earlier / "config.yaml") or {}) == mine:
+                    return earlier
+    return path
 
 
 def open_run(config: dict[str, Any], folder: Path | None = None) -> Run:
@@ -95,11 +121,13 @@ def open_run(config: dict[str, Any], folder: Path | None = None) -> Run:
         aside = _set_aside(path)
         print(f"{error}; moved to {aside}, starting afresh", file=sys.stderr)
         return open_run(config, folder)
-    if stored is not None and stored != identity(config):
+    if stored is not None and identity(stored) != identity(config):
         lock.release()
-        raise RunError(f"{path} holds another run: {_difference(stored, identity(config))}")
+        difference = _difference(identity(stored), identity(config))
+        raise RunError(f"{path} holds another run: {difference}")
     if metrics is None:
-        text = yaml.safe_dump(identity(config), sort_keys=False)
+        shown = {key: value for key, value in config.items() if key != "runtime"}
+        text = yaml.safe_dump(shown, sort_keys=False)
         write_atomically(path / "config.yaml", text)
         text = json.dumps(environment(), indent=1)
         write_atomically(path / "environment.json", text + "\n")
@@ -137,7 +165,7 @@ def load_runs(root: Path) -> tuple[list[Record], list[str]]:
         if metrics is None:
             problems.append(f"{name}: not finished")
             continue
-        key = json.dumps(config, sort_keys=True)
+        key = json.dumps(identity(config), sort_keys=True)
         if key in seen:
             problems.append(f"{name}: the same config as {seen[key]}, not counted twice")
             continue

@@ -17,13 +17,18 @@ class OPTrainerMixin:
 
     optimizer_factory: a callable model -> optimizer; without it `create_oplora_optimizer` with
     the learning rate, weight decay, betas and epsilon of the TrainingArguments, whose `optim`
-    must then be an AdamW. It is called
-    with the prepared model: Trainer's own `optimizers=` is not allowed under FSDP.
+    must then be an AdamW, and `direct_lr` for what is trained besides the adapters (None: the
+    learning rate). It is called with the prepared model: Trainer's own `optimizers=` is not
+    allowed under FSDP.
     FSDP1 and DeepSpeed raise ValueError.
     """
 
     def __init__(
-        self, *args, optimizer_factory: Callable[[nn.Module], Optimizer] | None = None, **kwargs
+        self,
+        *args,
+        optimizer_factory: Callable[[nn.Module], Optimizer] | None = None,
+        direct_lr: float | None = None,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
         other = kwargs.get("optimizer_cls_and_kwargs") or self.args.optim not in ADAMW
@@ -32,9 +37,12 @@ class OPTrainerMixin:
                 f"optim={str(self.args.optim)!r} or optimizer_cls_and_kwargs would be ignored: "
                 "give optimizer_factory=partial(create_oplora_optimizer, optimizer_cls=…, lr=…)"
             )
+        if optimizer_factory is not None and direct_lr is not None:
+            raise ValueError(f"direct_lr={direct_lr} would be ignored: give it in optimizer_factory")
         self.optimizer_factory = optimizer_factory or partial(
             create_oplora_optimizer,
             lr=self.args.learning_rate,
+            direct_lr=direct_lr,
             weight_decay=self.args.weight_decay,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,

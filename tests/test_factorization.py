@@ -34,15 +34,15 @@ def single_run(seed, lr, make_optimizer, predicted, clipped_steps=None):
     generator = torch.Generator().manual_seed(10_000 + seed)
     shapes = {"A": (3, 9), "B": (12, 3)}
     modules = {
-        name: AdapterMLP([torch.empty(shapes[name])], MLP["width"], [start], z_dim=MLP["z_dim"],
+        name: AdapterMLP([torch.zeros(shapes[name])], MLP["width"], [start], z_dim=MLP["z_dim"],
                          generator=generator)
-        for name, start in (("A", "random"), ("B", "zero"))
+        for name, start in (("A", "random"), ("B", "still"))
     }  # fmt: skip
     if predicted:
         params = [p for m in modules.values() for p in m.parameters()]
         values = lambda: (modules["A"]()[0], modules["B"]()[0])  # noqa: E731
     else:
-        bound = 1 / math.sqrt(9)
+        bound, generator = 1 / math.sqrt(9), torch.Generator().manual_seed(20_000 + seed)
         A = torch.nn.Parameter(torch.empty(3, 9).uniform_(-bound, bound, generator=generator))
         B = torch.nn.Parameter(torch.zeros(12, 3))
         params, values = [A, B], lambda: (A, B)

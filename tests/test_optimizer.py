@@ -103,9 +103,9 @@ def test_one_mlp_per_tensor_is_two_trunks():
     A, B = data[0]
     mlps = [
         AdapterMLP([t], WIDTH, [s], z_dim=8, generator=generator_for(0, f"group 0 tensor {i}.0"))
-        for i, (t, s) in enumerate([(A, "random"), (B, "zero")])
+        for i, (t, s) in enumerate([(A, "random"), (B, "still")])
     ]
-    start = [["random"], ["zero"]]
+    start = [["random"], ["still"]]
     ours = oplora.OPAdamW([A, B], lr=0.01, mlp_width=WIDTH, z_dim=8, start=start)
     theirs = torch.optim.AdamW([p for m in mlps for p in m.parameters()], lr=0.01)
     for _ in range(10):

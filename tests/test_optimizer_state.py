@@ -252,7 +252,7 @@ def test_bad_arguments_are_named():
         (lambda: oplora.OPAdamW([parameter(2)], mlp_width=-1), "mlp_width=-1"),
         (lambda: oplora.OPAdamW([parameter(2)], mlp_width=2.5), "mlp_width=2.5"),
         (lambda: oplora.OPAdamW([parameter(2)], z_dim=0), "z_dim"),
-        (lambda: oplora.OPAdamW([parameter(2)], z_init="cauchy"), "cauchy"),
+        (lambda: oplora.OPAdamW([parameter(2)], init="cauchy"), "cauchy"),
         (lambda: oplora.OPAdamW([parameter(2)], start="papre"), "papre"),
         (lambda: oplora.OPAdamW([parameter(2)], start="paper"), "start='keep'"),
         (lambda: oplora.OPAdamW([parameter(2)], clip="adapter"), "adapter"),

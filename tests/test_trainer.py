@@ -168,7 +168,7 @@ def test_stock_trainer_takes_the_class_alone(tmp_path):
     assert type(optimizer) is oplora.OPAdamW
     assert all(len(block) == 1 for stack in optimizer.stacks for block in stack.blocks)
     starts = [start for stack in optimizer.stacks for (start,) in stack.starts]
-    assert sorted(starts) == ["keep"] * 12 + ["zero"] * 6  # A and the magnitude; B
+    assert sorted(starts) == ["keep"] * 12 + ["still"] * 6  # A and the magnitude; B
     resumed = trained(
         tmp_path / "b",
         trainer_cls=Trainer,

@@ -24,7 +24,7 @@ def blocks(dtype=torch.float64, start="paper", layers=SHAPES):
 def starts(start):
     if start == "keep":
         return "keep"
-    return [["random", "zero", "keep"][: len(shapes)] for shapes in SHAPES]
+    return [["random", "still", "keep"][: len(shapes)] for shapes in SHAPES]
 
 
 def losses(all_blocks, target=1.0):

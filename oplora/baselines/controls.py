@@ -80,7 +80,8 @@ def create_control_optimizer(
         raise ValueError(f"the controls need optimizer=adamw, not {optimizer_cls.__name__}")
     tensors = [t.detach() for block in adapter_blocks(model)[0] for t in block.tensors]
     first = [t.clone() for t in tensors]
-    matched = MatchedAdamW(oplora_groups(model, mlp_width), **mlp_options, **adam)
+    init = mlp_options.get("init", "author")
+    matched = MatchedAdamW(oplora_groups(model, mlp_width, init=init), **mlp_options, **adam)
     if not mlp_start:
         torch._foreach_copy_(tensors, first)
         for stack in matched.stacks:
