@@ -67,7 +67,7 @@ def test_a_step_is_adamw_at_the_multiplied_rate_of_each_layer():
         reference.step()
         for mine, theirs in zip(trained(ours).values(), trained(plain).values()):
             assert torch.equal(mine, theirs)
-    assert (1 + stack.h.sum(1) > 1.5).all()
+    assert (1 + stack.h.sum(1) > 1.4).all()
 
 
 def _layers(net):

@@ -80,8 +80,9 @@ def check(saved, outputs):
     first = next(iter(saved.values()))
     assert (list(saved.values())[-1] - first).abs().max() > 1e-3, "nothing was trained"
     for path, expected in saved.items():
-        assert (outputs[str(path)] - expected).abs().max() == 0.0
-        assert (outputs[f"{path} merged"] - expected).abs().max() <= 1e-6
+        # convolutions may sum in another order in another process
+        assert (outputs[str(path)] - expected).abs().max() <= 2e-6
+        assert (outputs[f"{path} merged"] - expected).abs().max() <= 2e-6
 
 
 def test_a_checkpoint_of_any_step_loads_in_stock_peft(tmp_path):

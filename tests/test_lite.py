@@ -77,15 +77,16 @@ def test_dh_is_that_of_the_exact_form_at_the_first_step():
         torch.testing.assert_close(lite, exact, rtol=0, atol=1e-12)
 
 
-def test_training_stays_close_to_the_exact_form():
-    curves = []
+@pytest.mark.parametrize("init, most", [("text", 0.02), ("author", 0.06)])
+def test_training_stays_close_to_the_exact_form(init, most):
+    curves, options = [], {**OPTIONS, "init": init}
     for cls in (oplora.OPAdamW, OPAdamWLite):
         blocks = adapters()
-        curves.append(train(cls(blocks, lr=1e-3, weight_decay=0.0, **OPTIONS), blocks, 200))
+        curves.append(train(cls(blocks, lr=1e-3, weight_decay=0.0, **options), blocks, 200))
     exact, lite = map(torch.tensor, curves)
     learned = exact < 0.05 * exact[0]
     assert learned.any(), "the case is meant to be one in which much is learned"
-    assert ((lite - exact).abs() / exact)[~learned].max() < 0.02
+    assert ((lite - exact).abs() / exact)[~learned].max() < most
 
 
 def test_units_that_wake_up_bring_the_rows_they_were_drawn_with():

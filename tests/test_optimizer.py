@@ -19,14 +19,14 @@ def reference(data, start, **kw):
     return mlps
 
 
-def lockstep(make, make_reference, start, steps=20, loss=losses):
+def lockstep(make, make_reference, start, steps=20, loss=losses, init="author"):
     data = blocks(start=start)
-    mlps = reference(data, starts(start))
-    ours = make(data, mlp_width=WIDTH, z_dim=8, start=starts(start))
+    mlps = reference(data, starts(start), init=init)
+    ours = make(data, mlp_width=WIDTH, z_dim=8, start=starts(start), init=init)
     theirs = make_reference([p for m in mlps for p in m.parameters()])
     for i, mlp in enumerate(mlps):  # units that are off are put close to the threshold
         with torch.no_grad():
-            off = mlp.W1 @ mlp.z < 0
+            off = mlp.W1 @ mlp.z + mlp.b1 < 0
             mlp.b1[off] = -(mlp.W1 @ mlp.z)[off] - 0.003
             ours.stacks[0].b1[i] = mlp.b1
     active = [torch.relu(m.W1 @ m.z + m.b1) > 0 for m in mlps]
@@ -47,15 +47,17 @@ def lockstep(make, make_reference, start, steps=20, loss=losses):
     return woke
 
 
-@pytest.mark.parametrize("start", ["paper", "keep"])
+@pytest.mark.parametrize("init", ["author", "text"])
+@pytest.mark.parametrize("start", ["paper", "keep", "still"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("form", [oplora.OPAdamW, oplora.OPOptimizer])
-def test_adamw_equals_the_mlp_in_the_graph(start, weight_decay, form):
+def test_adamw_equals_the_mlp_in_the_graph(start, init, weight_decay, form):
     options = dict(lr=0.03, weight_decay=weight_decay)
     woke = lockstep(
         lambda data, **kw: form(data, **options, **kw),
         lambda params: torch.optim.AdamW(params, **options),
         start,
+        init=init,
     )
     assert woke > 0, "the case is meant to contain units that become active on the way"
 

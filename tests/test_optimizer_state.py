@@ -118,7 +118,13 @@ def test_an_update_that_overflows_is_told_as_divergence():
     A, B = torch.nn.Parameter(torch.randn(8, 100)), torch.nn.Parameter(torch.zeros(100, 8))
     target = torch.rand(100, 100)
     ours = oplora.OPOptimizer(
-        [[A, B]], torch.optim.SGD, lr=10.0, start="paper", nonfinite="skip", edited="raise"
+        [[A, B]],
+        torch.optim.SGD,
+        lr=10.0,
+        start="paper",
+        init="text",
+        nonfinite="skip",
+        edited="raise",
     )
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         for _ in range(60):

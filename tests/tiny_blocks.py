@@ -22,8 +22,8 @@ def blocks(dtype=torch.float64, start="paper", layers=SHAPES):
 
 
 def starts(start):
-    if start == "keep":
-        return "keep"
+    if start != "paper":
+        return start
     return [["random", "still", "keep"][: len(shapes)] for shapes in SHAPES]
 
 
