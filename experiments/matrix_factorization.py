@@ -18,8 +18,8 @@ def main(cfg: DictConfig) -> None:
     torch.set_flush_denormal(True)
     if "factorization" not in cfg.method:
         raise ValueError(
-            f"method={cfg.method.name} is an adapter: choose mf, opmf, opmf_text, mf_matched, mf_mlp_start "
-            "or mf_matched_mlp_start"
+            f"method={cfg.method.name} is an adapter: choose mf, opmf, opmf_text, mf_matched, "
+            "mf_mlp_start or mf_matched_mlp_start"
         )
     problem, rule = instantiate(cfg.problem), instantiate(cfg.optimizer.rule)
     config = OmegaConf.to_container(cfg, resolve=True)

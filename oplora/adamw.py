@@ -6,9 +6,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oplora.optimizer import OPOptimizer
+from oplora import saving
+from oplora.optimizer import INITIAL, OPOptimizer, Part, Work
 from oplora.rank1 import adamw_, foreach_rank1_adamw_
 from oplora.stack import MLPStack
+
+
+class Moments:
+    """AdamW's state of a stack, shaped like it: mu and nu of z, W1, b1, b2 and W2, steps by block.
+
+    Moments of W2 are of the rows that are kept, and zero for a row that is new.
+    """
+
+    def __init__(self, stack: MLPStack):
+        self.stack = stack
+        device = stack.tensors.device
+        self.steps = [torch.zeros((), dtype=torch.float32, device=device) for _ in stack.trunks]
+        self.even = True  # all blocks have made as many steps
+        names = ("mu", "nu")
+        self.stacked = {
+            n: {key: torch.zeros_like(t) for key, t in stack.stacked.items()} for n in names
+        }
+        self.trunks = {n: stack.per_block(moments) for n, moments in self.stacked.items()}
+        self.W2 = {n: [W2.new_zeros(0, W2.shape[1]) for W2 in stack.rows.W2] for n in names}
+
+    def of_trunks(self, members: list[int], gradients: dict[str, Tensor]) -> tuple:
+        """Tensors, gradients, mu, nu and steps of z, W1, b1, b2 for one step more of these blocks.
+
+        Of all blocks at once as long as all have made as many steps.
+        """
+        self.even &= len(members) == len(self.steps)
+        torch._foreach_add_([self.steps[i] for i in members], 1)
+        if self.even:
+            kinds = (self.stack.stacked, gradients, self.stacked["mu"], self.stacked["nu"])
+            return *([kind[n] for n in gradients] for kind in kinds), [self.steps[0]] * 4
+        kinds = (self.stack.trunks, self.stack.per_block(gradients), *self.trunks.values())
+        steps = [self.steps[i] for i in members for _ in gradients]
+        return *([kind[i][n] for i in members for n in gradients] for kind in kinds), steps
+
+    def of_W2(self, members: list[int]) -> dict[str, list[Tensor]]:
+        for moments in self.W2.values():
+            for i in members:
+                if missing := len(self.stack.rows.W2[i]) - len(moments[i]):
+                    new = moments[i].new_zeros(missing, moments[i].shape[1])
+                    moments[i] = torch.cat([moments[i], new])
+        lists = {f"exp_avg{s}": self.W2[n] for s, n in (("s", "mu"), ("_sqs", "nu"))}
+        lists["steps"] = self.steps
+        return {name: [each[i] for i in members] for name, each in lists.items()}
+
+    def state(self, i: int) -> dict[str, dict[str, Tensor]]:
+        """Of block i, by the names of the MLP's tensors and of torch's AdamW."""
+        mu, nu = ({**self.trunks[n][i], "W2": self.W2[n][i]} for n in ("mu", "nu"))
+        return {
+            name: {"step": self.steps[i], "exp_avg": mu[name], "exp_avg_sq": nu[name]}
+            for name in mu
+        }
+
+    def load(self, i: int, saved: dict[str, dict[str, Tensor]]):
+        """Inverse of `state`."""
+        self.of_W2([i])
+        for name, mine in self.state(i).items():
+            for key, value in mine.items():
+                # another device may round a unit of W2 on that has no moments yet
+                source = saved[name][key]
+                (value[: len(source)] if value.ndim else value).copy_(source)
 
 
 class OPAdamW(OPOptimizer):
@@ -17,11 +78,10 @@ class OPAdamW(OPOptimizer):
     Equal to `OPOptimizer(params, torch.optim.AdamW, …)`, but the rank-1 gradient h ⊗ g of W2 is
     formed a few rows at a time in a scratch that stays in cache, moments exist only for rows
     whose unit was ever on (about half of them), and z, W1, b1 and b2 of all blocks are updated
-    in one call. fused, foreach: accepted as AdamW's, but it has its own form. Other arguments:
-    `OPOptimizer`.
+    in one call. lite: less than a third of the state, approximately (`oplora.rows.SharedRow`); it
+    resumes with the seed and initial options it was built with. fused, foreach: accepted as
+    AdamW's, but it has its own form. Other arguments: `OPOptimizer`.
     """
-
-    _compact = True
 
     def __init__(
         self,
@@ -31,13 +91,13 @@ class OPAdamW(OPOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        lite: bool = False,
         maximize: bool = False,
         fused: bool | None = None,
         foreach: bool | None = None,
         **mlp_options: Any,
     ):
-        self._states: dict[int, dict[str, Tensor]] = {}  # by id of a tensor: step and moments
-        self._uneven: set[MLPStack] = set()  # whose blocks have made different numbers of steps
+        self.rows = "shared" if lite else "active"
         adam = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         super().__init__(params, torch.optim.AdamW, **adam, fused=True, **mlp_options)
 
@@ -52,102 +112,60 @@ class OPAdamW(OPOptimizer):
     def _inner_parameters(self, stack: MLPStack) -> list[Tensor]:
         return []
 
-    def _update(self, stack: MLPStack, members: list[int], g: Tensor, trunk: tuple, group: dict):
-        """AdamW on everything but W2."""
-        if not members:
-            return
-        if id(stack.z) not in self._states:
-            self._allocate(stack)
-        if len(members) < len(stack.blocks):
-            self._uneven.add(stack)
-        torch._foreach_add_([self._state_of(stack.trunks[i]["z"])["step"] for i in members], 1)
-        gradients = dict(zip(stack.stacked, [*trunk, g], strict=True))
-        chosen = [(stack.stacked, gradients)]
-        if stack in self._uneven:
-            by_block = stack.per_block(gradients)
-            chosen = [(stack.trunks[i], by_block[i]) for i in members]
-        tensors = [tensor for tensors, _ in chosen for tensor in tensors.values()]
-        gradients = [gradient for _, gradients in chosen for gradient in gradients.values()]
-        states = [self._state_of(tensor) for tensor in tensors]
-        adamw_(tensors, gradients, **_lists(states), **_options(group))
+    def _train(self, work: list[Work]):
+        self.inner.step()
+        for each in work:
+            self._adamw(each)
 
-    def _predict(self, stack: MLPStack, members: list[int], g: Tensor, group: dict):
-        """AdamW on W2, and what the MLP predicts with it while it is in the cache."""
-        if not members:
-            return
-        before = stack.h
+    def _adamw(self, work: Work):
+        """AdamW on the MLPs of one stack; each block is predicted while its W2 is in the cache."""
+        part, members, stack = work.part, work.members, work.part.stack
+        moments = part.moments = part.moments or Moments(stack)
+        group = self.param_groups[part.group]
+        adam = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "maximize")}
+        gradients = dict(zip(stack.stacked, (*work.trunk, work.g), strict=True))
+        adamw_(*moments.of_trunks(members, gradients), **adam)
+        before, gs = stack.h, work.g.split(stack.tensors.sizes)
         stack.refresh()
         if group["weight_decay"]:
-            stack.decay(members, 1 - group["lr"] * group["weight_decay"])
-        rows, gs = stack.rows(before), g.split(stack.sizes)
+            stack.rows.decay(members, 1 - group["lr"] * group["weight_decay"])
+        factors, weights = stack.rows.factors(before), stack.rows.weights(stack.h)
+        theta = stack.tensors.theta_of_block
         foreach_rank1_adamw_(
-            [stack.W2[i] for i in members],
-            hs=[rows[i] for i in members],
+            [stack.rows.W2[i] for i in members],
+            hs=[factors[i] for i in members],
             gs=[gs[i] for i in members],
-            updated=lambda k: stack.output(members[k]),
-            **_lists([self._state_of_W2(stack, i) for i in members]),
-            **_options(group),
+            **moments.of_W2(members),
+            updated=lambda k: stack.rows.predict(
+                members[k], weights[members[k]], theta[members[k]]
+            ),
+            **adam,
         )
         stack.write(members)
 
     # State
 
-    def _allocate(self, stack: MLPStack):
-        """Zero moments of all blocks together, and the same block by block."""
-        steps = [torch.zeros((), device=stack.device) for _ in stack.blocks]
-        moments = [
-            {name: torch.zeros_like(tensor) for name, tensor in stack.stacked.items()}
-            for _ in range(2)
-        ]
-        whole = (steps[0], stack.stacked, *moments)
-        by_block = zip(steps, stack.trunks, *map(stack.per_block, moments), strict=True)
-        for step, tensors, exp_avg, exp_avg_sq in [whole, *by_block]:
-            for name, tensor in tensors.items():
-                state = dict(step=step, exp_avg=exp_avg[name], exp_avg_sq=exp_avg_sq[name])
-                self._states[id(tensor)] = state
+    def moments_of(self, part: Part, i: int) -> dict[str, dict]:
+        return part.moments.state(i) if part.moments else {}
 
-    def _state_of_W2(self, stack: MLPStack, i: int) -> dict[str, Tensor]:
-        """Moments of the rows of W2 that were ever on; new rows start at zero."""
-        W2, n = stack.W2[i], stack.active[i]
-        state = self._states.get(id(W2))
-        if state is None:
-            step, empty = self._state_of(stack.trunks[i]["z"])["step"], W2.new_zeros(0, W2.shape[1])
-            state = self._states[id(W2)] = dict(step=step, exp_avg=empty, exp_avg_sq=empty)
-        if missing := n - len(state["exp_avg"]):
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.cat([state[name], W2.new_zeros(missing, W2.shape[1])])
-        return state
+    def load_moments(self, saved: list[tuple[Part, int, dict[str, dict]]], direct: dict[int, dict]):
+        saving.load_inner(self.inner, direct)
+        for part in self.parts:
+            part.moments = None
+        for part, i, moments in saved:
+            if moments:
+                part.moments = part.moments or Moments(part.stack)
+                part.moments.load(i, moments)
+        for moments in (part.moments for part in self.parts if part.moments):
+            moments.even = len({float(step) for step in moments.steps}) == 1
 
-    def _state_of(self, tensor: Tensor) -> dict[str, Tensor]:
-        return self._states.get(id(tensor)) or super()._state_of(tensor)
-
-    def _load_inner(self, state: dict[int, dict]):
-        super()._load_inner(state)
-        self._states, self._uneven = {}, set()
-        for stack in self.stacks:
-            saved = [
-                (i, name, state[id(tensor)])
-                for i in range(len(stack.blocks))
-                for name, tensor in self._stateful(stack, i).items()
-                if id(tensor) in state
-            ]
-            if not saved:
-                continue
-            self._allocate(stack)
-            for i, name, values in saved:
-                trunk = stack.trunks[i]
-                mine = self._state_of(trunk[name]) if name in trunk else self._state_of_W2(stack, i)
-                for key, value in mine.items():
-                    # another device may round a unit of W2 on that has no moments yet
-                    (value[: len(values[key])] if value.ndim else value).copy_(values[key])
-            if len({float(self._state_of(trunk["z"])["step"]) for trunk in stack.trunks}) > 1:
-                self._uneven.add(stack)
-
-
-def _lists(states: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
-    names = dict(exp_avgs="exp_avg", exp_avg_sqs="exp_avg_sq", steps="step")
-    return {plural: [state[name] for state in states] for plural, name in names.items()}
-
-
-def _options(group: dict) -> dict[str, Any]:
-    return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")}
+    def load_state_dict(self, state_dict: dict[str, Any]):
+        if self.rows == "shared":  # the first rows of W2 are not saved
+            for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+                for key in ("seed", *INITIAL):
+                    if key in saved and saved[key] != mine[key]:
+                        raise ValueError(
+                            f"the state was saved with {key}={saved[key]}, from which W2 is drawn "
+                            f"again; here {key}={mine[key]}: build the optimizer with the saved one"
+                        )
+        super().load_state_dict(state_dict)

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from oplora.checks import check_optimizer
 from oplora.entry import experiment
 from oplora.methods import OptimizerFactory, add_adapter
+from oplora.optimizer import check_optimizer
 from oplora.peft import parameter_report
 from oplora.runs import Run, open_run, peak_memory_bytes
 from oplora.trainer import OPTrainer

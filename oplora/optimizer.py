@@ -10,19 +10,41 @@ MLP: its adapter stays a plain one, at every step.
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oplora.blocks import BlockOptimizer, state_dtype
-from oplora.checks import check_choice, check_optimizer
-from oplora.shards import local, whole
+from oplora import saving
 from oplora.stack import MLPStack
+from oplora.tensors import check_tensor, local, places, state_dtype, whole
+
+INITIAL = ("init", "z_dim", "z_std", "trunk_bias", "head_gain")  # options of `initial_mlp`
 
 
-class OPOptimizer(BlockOptimizer):
+@dataclass
+class Part:
+    """What one group of the inner optimizer trains: the MLPs of a stack, or tensors directly."""
+
+    group: int  # number of the group that it belongs to
+    stack: MLPStack | None = None
+    moments: Any = None  # the MLPs' AdamW moments, where the inner optimizer does not keep them
+
+
+@dataclass
+class Work:
+    """One step of one stack: which blocks, the gradient of theta, and those of z, W1 and b1."""
+
+    part: Part
+    members: list[int]
+    g: Tensor
+    trunk: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+class OPOptimizer(Optimizer):
     """`optimizer_cls` on MLPs that predict the given tensors (OP-LoRA, section 4).
 
     params: as for any torch optimizer, tensors or (name, tensor) pairs or groups of them, each
@@ -40,6 +62,8 @@ class OPOptimizer(BlockOptimizer):
     edited: "absorb" values written into the tensors from outside (load_adapter, a merge), with a
         warning, or "raise".
     """
+
+    rows = "every"  # the form of W2 (`oplora.rows`): all rows, for any inner optimizer
 
     def __init__(
         self,
@@ -68,17 +92,16 @@ class OPOptimizer(BlockOptimizer):
             raise ValueError(f"max_norm={max_norm!r} must be a number above 0")
         self.clip, self.max_norm, self.nonfinite, self.edited = clip, max_norm, nonfinite, edited
         self.skipped_steps = 0
-        mlp_options = dict(
-            mlp_width=mlp_width,
-            init=init,
-            z_dim=z_dim,
-            z_std=z_std,
-            trunk_bias=trunk_bias,
-            head_gain=head_gain,
-            seed=seed,
-            start=start,
-        )
-        super().__init__(params, optimizer_cls, mlp_options, optimizer_kwargs)
+        self.trained = False  # has a step been made, or a state been loaded?
+        self.parts: list[Part] = []
+        self.stacks: list[MLPStack] = []  # those of the parts
+        # for every group its tensors when the MLPs were built, the blocks' names and starts
+        self._built: list[tuple[list[Tensor], list[list[str]], list]] = []
+        self.inner = optimizer_cls([torch.zeros(1, 1)], **optimizer_kwargs)
+        self.inner.param_groups.clear()
+        initial = (init, z_dim, z_std, trunk_bias, head_gain)
+        mlp = dict(zip(INITIAL, initial, strict=True), mlp_width=mlp_width, seed=seed, start=start)
+        super().__init__(params, {**self.inner.defaults, **mlp})
 
     # The step
 
@@ -88,60 +111,66 @@ class OPOptimizer(BlockOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow_model()
-        for index, inner in zip(self._outer, self.inner.param_groups, strict=True):
-            outer = self.param_groups[index]
+        self.follow_model()
+        self._absorb_edits()
+        work = [
+            Work(part, part.stack.tensors.with_gradients(), part.stack.tensors.gather_gradient())
+            for part in self.parts
+            if part.stack is not None
+        ]
+        if not self._finite(work):
+            self.skipped_steps += 1
+            return loss
+        for each in work:
+            each.trunk = each.part.stack.backward(each.g)
+        if self.clip == "mlp":
+            self._clip(work)
+        groups = [self.param_groups[part.group] for part in self.parts]
+        for outer, inner in zip(groups, self.inner.param_groups, strict=True):
             inner.update({key: outer[key] for key in self.inner.defaults})
+        self._train([each for each in work if each.members])
+        for outer, inner in zip(groups, self.inner.param_groups, strict=True):
+            # Prodigy keeps its learning rate in the groups
+            outer.update({key: inner[key] for key in self.inner.defaults})
+        self.trained = True
+        return loss
+
+    def _train(self, work: list[Work]):
+        """Update the MLPs and what is trained directly; write what the MLPs predict."""
+        for each in work:
+            stack = each.part.stack
+            gradients = stack.per_block(
+                dict(zip(stack.stacked, (*each.trunk, each.g), strict=True))
+            )
+            factors, gs = stack.rows.factors(stack.h), each.g.split(stack.tensors.sizes)
+            for i in each.members:
+                for name, tensor in stack.trunks[i].items():
+                    tensor.grad = gradients[i][name]
+                stack.rows.W2[i].grad = torch.outer(factors[i], gs[i])
+        self.inner.step()
+        for each in work:
+            each.part.stack.predict(each.members)
+            for tensor in self._inner_parameters(each.part.stack):
+                tensor.grad = None
+
+    def _absorb_edits(self):
         for stack in self.stacks:
             if names := stack.absorb_edits(refuse=self.edited == "raise"):
                 warnings.warn(
                     f"{len(names)} adapter tensors were changed from outside since the last step "
                     f"(first: {names[0]}); the MLPs go on from the new values",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-        gradients = [stack.gradient() for stack in self.stacks]
-        if not self._finite(gradients):
-            self.skipped_steps += 1
-            return loss
-        trunks = [stack.backward(g) for stack, g in zip(self.stacks, gradients, strict=True)]
-        if self.clip == "mlp":
-            self._clip(gradients, trunks)
-        groups = [self.inner.param_groups[number] for number in self._inner_group]
-        members = [stack.participating() for stack in self.stacks]
-        work = list(zip(self.stacks, members, gradients, groups, strict=True))
-        for (stack, blocks, g, group), trunk in zip(work, trunks, strict=True):
-            self._update(stack, blocks, g, trunk, group)
-        self.inner.step()
-        for index, inner in zip(self._outer, self.inner.param_groups, strict=True):
-            # Prodigy keeps its learning rate in the groups
-            self.param_groups[index].update({key: inner[key] for key in self.inner.defaults})
-        for stack, blocks, g, group in work:
-            self._predict(stack, blocks, g, group)
-        self._trained = True
-        return loss
 
-    def _update(self, stack: MLPStack, members: list[int], g: Tensor, trunk: tuple, group: dict):
-        """Hand the gradients of these blocks' MLPs to the inner optimizer."""
-        rows, parts = stack.rows(stack.h), g.split(stack.sizes)
-        gradients = stack.per_block(dict(zip(stack.stacked, (*trunk, g), strict=True)))
-        for i in members:
-            for name, tensor in stack.trunks[i].items():
-                tensor.grad = gradients[i][name]
-            stack.W2[i].grad = torch.outer(rows[i], parts[i])
-
-    def _predict(self, stack: MLPStack, members: list[int], g: Tensor, group: dict):
-        """Write what the updated MLPs of these blocks predict; g is lost."""
-        stack.predict(members)
-        for tensor in self._inner_parameters(stack):
-            tensor.grad = None
-
-    def _finite(self, gradients: list[Tensor]) -> bool:
+    def _finite(self, work: list[Work]) -> bool:
+        """Are all gradients finite? If not, and nonfinite="raise", FloatingPointError."""
         bad: list[str] = []
-        for stack, g in zip(self.stacks, gradients, strict=True):
+        for each in work:
+            tensors, g = each.part.stack.tensors, each.g
             # The sum is ten times as fast as isfinite(), but it may overflow.
-            if stack.total(g).isfinite() or stack.total((~g.isfinite()).float()) == 0:
+            if tensors.total(g).isfinite() or tensors.total((~g.isfinite()).float()) == 0:
                 continue
-            parts = zip(stack.names, g.split(stack.sizes), strict=True)
+            parts = zip(tensors.names, g.split(tensors.sizes), strict=True)
             bad += [names[0] for names, part in parts if not part.isfinite().all()] or [
                 "another rank's block"
             ]
@@ -162,97 +191,205 @@ class OPOptimizer(BlockOptimizer):
             name: tensor.grad
             for group, (_, names, _) in zip(self.param_groups, self._built, strict=True)
             if not group["mlp_width"]
-            for name, tensor in zip(
-                (n for block in names for n in block), group["params"], strict=True
-            )
+            for name, tensor in zip(chain(*names), group["params"], strict=True)
             if tensor.grad is not None
         }
 
-    def _clip(self, gradients: list[Tensor], trunks: list[tuple]):
+    def _clip(self, work: list[Work]):
         direct = list(self._direct_gradients().values())
-        norms = [
-            s.squared_norm(g, t) for s, g, t in zip(self.stacks, gradients, trunks, strict=True)
-        ]
+        norms = [each.part.stack.squared_norm(each.g, each.trunk) for each in work]
         roots = [torch.linalg.vector_norm(g, dtype=state_dtype([g])) for g in direct]
         norm = sum([*norms, *(whole(root) ** 2 for root in roots)]) ** 0.5
         scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        flat = [t for trunk in trunks for t in trunk]
-        for tensor in [*gradients, *flat, *direct]:
+        for tensor in [*chain(*((each.g, *each.trunk) for each in work)), *direct]:
             local(tensor).mul_(scale)
+
+    # Groups
+
+    def add_param_group(self, group: dict):
+        """Add tensors, (name, tensor) pairs or blocks (lists of these) with their options."""
+        index = len(self.param_groups)
+        blocks, names = _blocks(group["params"], f"group {index}")
+        group = {**group, "params": list(chain(*blocks))}
+        width = group.get("mlp_width", self.defaults["mlp_width"])
+        if not isinstance(width, int) or width < 0:
+            raise ValueError(f"mlp_width={width!r} must be a positive integer (0: no MLP)")
+        known = {
+            place: name
+            for group_of, (_, names_of, _) in zip(self.param_groups, self._built, strict=True)
+            for tensor, name in zip(group_of["params"], chain(*names_of), strict=True)
+            for place in places(tensor)
+        }
+        for tensor, name in zip(group["params"], chain(*names), strict=True):
+            check_tensor(tensor, name, known)
+        start = group.get("start", self.defaults["start"])
+        starts = [start] * len(blocks) if isinstance(start, str) else list(start)
+        if len(starts) != len(blocks):
+            raise ValueError(f"start lists {len(starts)} blocks, the group has {len(blocks)}")
+        super().add_param_group(group)
+        del self.param_groups[index]["start"]
+        self._built.append((list(group["params"]), names, starts))
+        self._build(index, adopt=False)
+
+    def _build(self, index: int, adopt: bool):
+        """The parts of one group; adopt: the tensors hold the MLPs' output already (`MLPStack`)."""
+        group = self.param_groups[index]
+        tensors, names, starts = self._built[index]
+        if not group["mlp_width"]:
+            self._add_part(index, group["params"])
+            return
+        unused = iter(tensors)
+        blocks = [[next(unused) for _ in block_names] for block_names in names]
+        kinds: dict[tuple, list[int]] = {}
+        for i, block in enumerate(blocks):
+            kinds.setdefault((local(block[0]).device, state_dtype(block)), []).append(i)
+        for (_, dtype), members in kinds.items():
+            stack = MLPStack(
+                *([each[i] for i in members] for each in (blocks, names, starts)),
+                width=group["mlp_width"],
+                dtype=dtype,
+                seed=group["seed"],
+                rows=self.rows,
+                adopt=adopt,
+                **{key: group[key] for key in INITIAL},
+            )
+            for i, resolved in zip(members, stack.starts, strict=True):
+                starts[i] = resolved
+            self._add_part(index, self._inner_parameters(stack), stack)
+
+    def _add_part(self, index: int, params: list[Tensor], stack: MLPStack | None = None):
+        self.inner.add_param_group({"params": params})
+        self.parts.append(Part(index, stack))
+        if stack is not None:
+            self.stacks.append(stack)
+
+    def _inner_parameters(self, stack: MLPStack) -> list[Tensor]:
+        """Tensors of the MLPs that the inner optimizer trains."""
+        return [tensor for trunk in stack.trunks for tensor in trunk.values()] + stack.rows.W2
+
+    def follow_model(self):
+        """Build untrained MLPs again if the model moved or accelerate's FSDP2 replaced tensors."""
+        groups = list(zip(self.param_groups, self._built, strict=True))
+        replaced = any(
+            new is not old
+            for group, (tensors, _, _) in groups
+            for new, old in zip(group["params"], tensors, strict=True)
+        )
+        places = [(stack.tensors.flat[0].device, stack.tensors.device) for stack in self.stacks]
+        moved = any(now != built for now, built in places)
+        if not (replaced or moved):
+            return
+        if self.trained:
+            raise RuntimeError(
+                "the adapter's tensors were moved to another device or replaced between two "
+                "steps: move and wrap the model before training and before load_state_dict"
+            )
+        self.parts.clear()
+        self.stacks.clear()
+        self.inner.param_groups.clear()
+        self._built = [(list(group["params"]), *rest) for group, (_, *rest) in groups]
+        for index in range(len(groups)):
+            self._build(index, adopt=True)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """MLPs and moments, as tensors and numbers only (loads with weights_only=True).
+        """MLPs and moments, as tensors and numbers only (`oplora.saving`)."""
+        return saving.state_dict(self, super().state_dict())
 
-        The entry of a block's first tensor holds {"mlp", "active", "inner"}; entries of directly
-        trained tensors are the inner optimizer's.
-        """
-        if not self._trained:
-            self._follow_model()
-        result = super().state_dict()
-        index = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        state = {index[id(p)]: s for p, s in self.inner.state.items() if id(p) in index}
-        for stack in self.stacks:
-            for i, block in enumerate(stack.blocks):
-                state[index[id(block[0])]] = {
-                    "mlp": stack.state(i),
-                    "active": stack.active[i],
-                    "inner": {
-                        name: state_of
-                        for name, tensor in self._stateful(stack, i).items()
-                        if (state_of := self._state_of(tensor))
-                    },
-                }
-        return {**result, "state": state}
-
-    def _stateful(self, stack: MLPStack, i: int) -> dict[str, Tensor]:
-        return {**stack.trunks[i], "W2": stack.W2[i]}
-
-    def _state_of(self, tensor: Tensor) -> dict:
-        return self.inner.state.get(tensor, {})
-
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]):
         """Resume exactly; ValueError, with nothing changed, if the state is not of these MLPs."""
-        self._follow_model()
-        params = [p for g in self.param_groups for p in g["params"]]
-        index = {id(p): i for i, p in enumerate(params)}
-        state = state_dict["state"]
-        entries = []
-        for stack in self.stacks:
-            for i, block in enumerate(stack.blocks):
-                entry = state.get(index[id(block[0])], {})
-                if "mlp" not in entry:
-                    raise ValueError(
-                        f"the state holds no MLP for {stack.names[i][0]}: it was saved by an "
-                        "optimizer without MLPs, or with other blocks"
-                    )
-                stack.check(i, entry["mlp"], entry["active"])
-                entries.append((stack, i, entry))
-        first = {id(block[0]) for stack in self.stacks for block in stack.blocks}
-        if any("mlp" in state.get(index[id(p)], {}) for p in params if id(p) not in first):
-            raise ValueError(
-                "the state holds MLPs for tensors that are trained directly here (mlp_width=0)"
-            )
-        super().load_state_dict({**state_dict, "state": {}})
-        loaded = {id(p): state[index[id(p)]] for p in params if index[id(p)] in state}
-        changed = set()
-        for stack, i, entry in entries:
-            mine = stack.state(i)
-            if not all(torch.equal(entry["mlp"][n].to(t), t) for n, t in mine.items()):
-                changed.add(stack)
-            stack.load(i, entry["mlp"], entry["active"])
-            for name, tensor in self._stateful(stack, i).items():
-                loaded[id(tensor)] = entry["inner"].get(name)
-        self._load_inner({key: value for key, value in loaded.items() if value})
-        for stack in changed:  # accelerate loads back what it has just saved
-            stack.loaded()
-        self._trained |= bool(changed)
+        saving.load_state_dict(self, state_dict, super().load_state_dict)
 
-    def _load_inner(self, state: dict[int, dict]):
-        """Through the inner optimizer's own loading, which knows its dtypes and devices."""
-        flat = [p for g in self.inner.param_groups for p in g["params"]]
-        packed = self.inner.state_dict()
-        packed["state"] = {i: state[id(p)] for i, p in enumerate(flat) if id(p) in state}
-        self.inner.load_state_dict(packed)
+    def moments_of(self, part: Part, i: int) -> dict[str, dict]:
+        """State of the optimizer for the MLP of block i, by the names of its tensors."""
+        tensors = {**part.stack.trunks[i], "W2": part.stack.rows.W2[i]}
+        found = {name: self.inner.state.get(tensor, {}) for name, tensor in tensors.items()}
+        return {name: state for name, state in found.items() if state}
+
+    def load_moments(self, saved: list[tuple[Part, int, dict[str, dict]]], direct: dict[int, dict]):
+        """Inverse of `moments_of` for all blocks; direct: by id, of directly trained tensors."""
+        states = dict(direct)
+        for part, i, moments in saved:
+            tensors = {**part.stack.trunks[i], "W2": part.stack.rows.W2[i]}
+            states |= {id(tensor): moments.get(name) for name, tensor in tensors.items()}
+        saving.load_inner(self.inner, states)
+
+    # Report
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Values in the tensors that the MLPs predict: what is shipped."""
+        return sum(t.numel() for stack in self.stacks for t in stack.tensors.flat)
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Values in the MLPs: what is trained instead."""
+        return sum(stack.mlp_parameters for stack in self.stacks)
+
+    def state_bytes(self) -> int:
+        """Bytes of MLPs and optimizer state on this rank now."""
+        mlp = [tensor for stack in self.stacks for tensor in stack.held()]
+        stacked = [part for part in self.parts if part.stack is not None]
+        states = [
+            state
+            for part in stacked
+            for i in range(len(part.stack.trunks))
+            for state in self.moments_of(part, i).values()
+        ]
+        own = {id(t) for part in stacked for t in self._inner_parameters(part.stack)}
+        states += [state for tensor, state in self.inner.state.items() if id(tensor) not in own]
+        moments = [t for state in states for t in state.values() if torch.is_tensor(t)]
+        return sum(t.numel() * t.element_size() for t in mlp + moments)
+
+    def __repr__(self) -> str:
+        starts: dict[str, int] = {}
+        for start in chain(*(stack.starts for stack in self.stacks)):
+            kind = next((kind for kind in ("random", "keep") if kind in start), "still")
+            kind = "paper" if kind == "random" else kind
+            starts[kind] = starts.get(kind, 0) + 1
+        chosen = ", ".join(f"{count} start={kind!r}" for kind, count in starts.items())
+        direct = sum(len(g["params"]) for g in self.param_groups if not g["mlp_width"])
+        lines = [
+            f"{type(self).__name__}({type(self.inner).__name__}, blocks: {chosen or 'none'}; "
+            f"{self.adapter_parameters:,} adapter values from {self.mlp_parameters:,} MLP "
+            f"parameters; {direct} tensors trained directly)"
+        ]
+        keys = [*self.inner.defaults, "mlp_width"]
+        for group in self.param_groups:
+            lines.append("  " + ", ".join(f"{key}={group[key]}" for key in keys))
+        return "\n".join(lines)
+
+
+def check_choice(name: str, value, choices: tuple):
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, choices))}")
+
+
+def check_optimizer(optimizer_cls):
+    """Can this class train MLPs: elementwise, within one step, on the weights that it evaluates?"""
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
+        raise TypeError(f"{optimizer_cls!r} is no optimizer class: give one as torch.optim.AdamW")
+    name = optimizer_cls.__name__
+    if name == "LBFGS":
+        raise ValueError("LBFGS evaluates the loss within a step: use a first-order optimizer")
+    if name in ("Muon", "SparseAdam"):
+        raise ValueError(f"{name} is not for the dense tensors of any shape that an MLP has")
+    if hasattr(optimizer_cls, "eval"):
+        raise ValueError(
+            f"{name} evaluates other weights than it trains (schedule-free), which the MLPs "
+            "cannot follow: use AdamW, or train the adapter directly"
+        )
+
+
+def _blocks(params, group: str) -> tuple[list[list], list[list[str]]]:
+    """Blocks of tensors and their names from tensors, (name, tensor) pairs and lists of these."""
+    blocks, names = [], []
+    for number, item in enumerate([params] if isinstance(params, Tensor) else list(params)):
+        pairs = [
+            e if isinstance(e, tuple) else (f"{group} tensor {number}.{k}", e)
+            for k, e in enumerate(item if isinstance(item, list) else [item])
+        ]
+        names.append([name for name, _ in pairs])
+        blocks.append([tensor for _, tensor in pairs])
+    return blocks, names

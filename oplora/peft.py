@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from oplora.adamw import OPAdamW
-from oplora.optimizer import OPOptimizer
-from oplora.shards import whole
+from oplora.optimizer import OPOptimizer, check_optimizer
+from oplora.tensors import whole
 
 # What wrappers put into parameter names: without it a name, and so the MLP that it seeds, is the
 # same compiled or not, checkpointed or not.
@@ -71,6 +71,18 @@ def create_oplora_optimizer(
     return OPOptimizer(groups, optimizer_cls, lr=lr, init=init, **kwargs)
 
 
+def create_oplora_lite_optimizer(
+    model: nn.Module | Sequence[nn.Module],
+    optimizer_cls: type[Optimizer] = torch.optim.AdamW,
+    **options,
+) -> OPAdamW:
+    """`create_oplora_optimizer` with one row in place of W2, approximately; for AdamW alone."""
+    if optimizer_cls is not torch.optim.AdamW:
+        check_optimizer(optimizer_cls)
+        raise ValueError(f"the Lite form needs optimizer=adamw, not {optimizer_cls.__name__}")
+    return create_oplora_optimizer(model, lite=True, **options)
+
+
 def oplora_groups(
     model: nn.Module | Sequence[nn.Module],
     mlp_width: int = 32,
@@ -114,7 +126,7 @@ def parameter_report(
     """Counts of parameters and an estimate of the optimizer's memory, also of meta tensors.
 
     mlp_width: 0 for methods without MLPs. moments: tensors that the optimizer keeps per
-    parameter (AdamW 2, momentum 1, SGD 0). lite: of `oplora.lite.OPAdamWLite`.
+    parameter (AdamW 2, momentum 1, SGD 0). lite: of `OPAdamW(…, lite=True)`.
     `mlp_parameters` is everything in the MLPs, `mlp_output_parameters` their W2 alone, which is
     what the paper counts. `optimizer_state_bytes` contains MLPs and moments; under AdamW those
     of half of W2, of the hidden units that are expected to be active: the moments, and without

@@ -38,7 +38,9 @@ class OPTrainerMixin:
                 "give optimizer_factory=partial(create_oplora_optimizer, optimizer_cls=…, lr=…)"
             )
         if optimizer_factory is not None and direct_lr is not None:
-            raise ValueError(f"direct_lr={direct_lr} would be ignored: give it in optimizer_factory")
+            raise ValueError(
+                f"direct_lr={direct_lr} would be ignored: give it in optimizer_factory"
+            )
         self.optimizer_factory = optimizer_factory or partial(
             create_oplora_optimizer,
             lr=self.args.learning_rate,

@@ -97,7 +97,9 @@ def traffic_bytes(optimizer: OPOptimizer) -> int:
     moments, and the tensor, which is compared with what was written into it and written again:
     44 bytes.
     """
-    active = sum(n * p for s in optimizer.stacks for n, p in zip(s.active, s.sizes, strict=True))
+    active = sum(
+        n * p for s in optimizer.stacks for n, p in zip(s.rows.active, s.tensors.sizes, strict=True)
+    )
     return 28 * active + 44 * optimizer.adapter_parameters
 
 
@@ -248,11 +250,11 @@ def shapes() -> dict:
         step = _in_optimizer(make, count=8, columns=columns)
         found = [seconds(step) for _ in range(9)][2:]
         (stack,) = step.__self__.stacks
-        active = sum(n * p for n, p in zip(stack.active, stack.sizes, strict=True))
+        active = sum(n * p for n, p in zip(stack.rows.active, stack.tensors.sizes, strict=True))
         cases.append(
             {
                 "width": width,
-                "adapter_parameters": sum(stack.sizes),
+                "adapter_parameters": sum(stack.tensors.sizes),
                 "active_W2_values": active,
                 "seconds": spread(found),
             }

@@ -27,11 +27,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import oplora
 from oplora.baselines import create_lora_pro_optimizer, create_lora_rite_optimizer
 from oplora.diffusion import DenoisingLoss
-from oplora.lite import create_oplora_lite_optimizer
 from oplora.methods import add_adapter, create_plain_optimizer
 from oplora.mlp import AdapterMLP
 from oplora.models.tiny_sdxl import tiny_sdxl as build_tiny_sdxl
-from oplora.peft import adapter_blocks
+from oplora.peft import adapter_blocks, create_oplora_lite_optimizer
 from oplora.runs import peak_memory_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -91,15 +91,15 @@ def test_workloads_of_real_size_train(name, monkeypatch):
     workload = training.WORKLOADS[name]()
     assert next(workload.model.parameters()).dtype == torch.bfloat16
     loss, optimizer = training.prepare(workload, 4, "oplora")
-    before = [t.clone() for t in optimizer.stacks[0].tensors]
+    before = [t.clone() for t in optimizer.stacks[0].tensors.flat]
     training.timed_step(loss, optimizer)
-    assert any(not torch.equal(a, b) for a, b in zip(before, optimizer.stacks[0].tensors))
+    assert any(not torch.equal(a, b) for a, b in zip(before, optimizer.stacks[0].tensors.flat))
 
 
 def test_traffic_is_counted_by_hand():
     blocks = [[torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.zeros(5, 3))]]
     optimizer = oplora.OPAdamW(blocks, start="paper", mlp_width=8)
-    (active,) = optimizer.stacks[0].active
+    (active,) = optimizer.stacks[0].rows.active
     assert 0 < active < 8
     assert benchmark.traffic_bytes(optimizer) == 28 * active * 27 + 44 * 27
 
@@ -151,8 +151,8 @@ def test_the_sweeps_line_is_exact_for_a_linear_cost(monkeypatch):
         blocks = benchmark._adapters(count, columns // 256, rank=8)
         optimizer = make(blocks)
         (stack,) = optimizer.stacks
-        active = sum(n * p for n, p in zip(stack.active, stack.sizes))
-        optimizer.cost = 1e-3 + 2e-6 * sum(stack.sizes) + 3e-6 * active
+        active = sum(n * p for n, p in zip(stack.rows.active, stack.tensors.sizes))
+        optimizer.cost = 1e-3 + 2e-6 * sum(stack.tensors.sizes) + 3e-6 * active
         return optimizer.step
 
     monkeypatch.setattr(benchmark, "_in_optimizer", pretend)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import oplora
-from oplora.lite import create_oplora_lite_optimizer
+from oplora.peft import create_oplora_lite_optimizer
 
 
 def llama_7b():

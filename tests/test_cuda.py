@@ -9,7 +9,7 @@ from tiny_models import DECODER, adapted
 from torch import nn
 
 import oplora
-from oplora.lite import create_oplora_lite_optimizer
+from oplora.peft import create_oplora_lite_optimizer
 from oplora.rank1 import rank1_adamw_
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

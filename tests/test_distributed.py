@@ -67,7 +67,7 @@ def run(wrap, lora_rank, clip, process=None):
         optimizer.step()
     if wrap in ("fsdp2", "prepared"):
         assert all(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
-        assert all(isinstance(t, DTensor) for stack in optimizer.stacks for t in stack.tensors)
+        assert all(isinstance(t, DTensor) for stack in optimizer.stacks for t in stack.tensors.flat)
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
         for name, p in net.named_parameters()

@@ -13,14 +13,13 @@ PACKAGE = sorted((ROOT / "oplora").rglob("*.py"))
 CORE = [
     "mlp",
     "rank1",
-    "shards",
-    "checks",
+    "tensors",
+    "rows",
     "stack",
-    "blocks",
+    "saving",
     "optimizer",
     "adamw",
     "peft",
-    "lite",
     "trainer",
 ]
 EXPERIMENTS = [p.stem for p in (ROOT / "experiments").glob("*.py")]

@@ -162,20 +162,22 @@ def test_fp32_rank1_update_is_bit_identical_to_fused_adamw(weight_decay, monkeyp
 
     expected = [torch.nn.Parameter(by_unit(i)) for i in range(len(data))]
     fused = torch.optim.AdamW(expected, lr=0.1, weight_decay=weight_decay, fused=True)
-    first = list(stack.active)
+    first = list(stack.rows.active)
     for _ in range(25):
         ours.zero_grad()
         losses(data).backward()
-        for W2, h, g in zip(expected, stack.h, stack.gradient().split(stack.sizes)):
+        for W2, h, g in zip(
+            expected, stack.h, stack.tensors.gather_gradient().split(stack.tensors.sizes)
+        ):
             W2.grad = torch.outer(h, g)
         fused.step()
         ours.step()
         for i, want in enumerate(expected):
             assert torch.equal(by_unit(i), want)
-    assert stack.active != first, "units were to become active on the way"
-    assert max(stack.active) < WIDTH, "and some never"
-    assert [len(W2) for W2 in stack.W2] == stack.active, "only active rows take memory"
-    assert all((rest is None) == (weight_decay == 0) for rest in stack.rest)
+    assert stack.rows.active != first, "units were to become active on the way"
+    assert max(stack.rows.active) < WIDTH, "and some never"
+    assert [len(W2) for W2 in stack.rows.W2] == stack.rows.active, "only active rows take memory"
+    assert all((rest is None) == (weight_decay == 0) for rest in stack.rows.rest)
 
 
 def test_public_operations_equal_the_fused_kernel():

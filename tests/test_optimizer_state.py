@@ -37,7 +37,7 @@ def test_resume_is_bit_identical(dtype, cls, tmp_path):
     first = blocks(dtype)
     half = build(first)
     train(first, *half, 7)
-    assert half[1].stacks[0].W2[0].dtype == torch.float32
+    assert half[1].stacks[0].rows.W2[0].dtype == torch.float32
     values = [[t.detach().clone() for t in b] for b in first] + [[half[0].detach().clone()]]
     torch.save([half[1].state_dict(), half[2].state_dict(), values], tmp_path / "state.pt")
     optimizer_state, scheduler_state, values = torch.load(tmp_path / "state.pt", weights_only=True)

@@ -79,7 +79,7 @@ def test_the_start_follows_the_adapters_init_and_changes_no_output(init, shared_
     train(model, optimizer, 1)
     assert (output(model) - before).abs().max() <= 2e-6
     blocks, _ = adapter_blocks(model)
-    assert len(optimizer.stacks[0].blocks) == (
+    assert len(optimizer.stacks[0].tensors.blocks) == (
         4 if shared_trunk else sum(len(b[0]) for b in blocks)
     )
 
@@ -182,7 +182,7 @@ def test_trainable_tokens_and_a_plain_module_around_the_model():
 def test_models_in_a_list_are_trained_together():
     models = [adapted(), adapted()]
     optimizer = oplora.create_oplora_optimizer(models, lr=0.01, mlp_width=8)
-    names = [name for stack in optimizer.stacks for block in stack.names for name in block]
+    names = [name for stack in optimizer.stacks for block in stack.tensors.names for name in block]
     assert len(set(names)) == 16 and {name.split(".")[0] for name in names} == {"0", "1"}
 
 
@@ -192,7 +192,7 @@ def test_only_the_active_adapter_is_trained():
     model.set_adapter("other")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = oplora.create_oplora_optimizer(model, lr=0.01, mlp_width=8)
-    assert all(".other." in n for stack in optimizer.stacks for b in stack.names for n in b)
+    assert all(".other." in n for stack in optimizer.stacks for b in stack.tensors.names for n in b)
     train(model, optimizer, 1)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert len(changed) == 8 and all(".other." in name for name in changed)
@@ -232,9 +232,9 @@ def test_bf16_adapters_keep_fp32_state():
     losses = train(model, optimizer, 6)
     assert losses[-1] < losses[0]
     for stack in optimizer.stacks:
-        assert all(t.dtype == torch.bfloat16 for t in stack.tensors)
-        assert stack.b2.dtype == stack.W2[0].dtype == torch.float32
-        moments = [s for tensor in stack.W2 for s in optimizer._state_of(tensor).values()]
+        assert all(t.dtype == torch.bfloat16 for t in stack.tensors.flat)
+        assert stack.b2.dtype == stack.rows.W2[0].dtype == torch.float32
+        moments = [m for part in optimizer.parts for m in part.moments.state(0)["W2"].values()]
         assert moments and all(m.dtype == torch.float32 for m in moments)
 
 

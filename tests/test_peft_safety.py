@@ -9,7 +9,7 @@ from tiny_models import TARGETS, adapted, decoder, output, train
 from torch import nn
 
 import oplora
-from oplora.lite import create_oplora_lite_optimizer
+from oplora.peft import create_oplora_lite_optimizer
 
 
 def test_values_loaded_behind_the_optimizer_are_absorbed_or_refused(tmp_path):
@@ -53,7 +53,7 @@ def test_rounding_is_no_edit():
 def moved(optimizer):
     """As if the model had been on another device when the optimizer was built."""
     for stack in optimizer.stacks:
-        stack.device = torch.device("cuda", 7)
+        stack.tensors.device = torch.device("cuda", 7)
 
 
 def test_a_model_moved_before_training_is_followed():

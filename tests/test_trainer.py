@@ -166,7 +166,7 @@ def test_stock_trainer_takes_the_class_alone(tmp_path):
     trainer, whole = trained(tmp_path / "a", trainer_cls=Trainer, save_steps=3, **options)
     optimizer = trainer.optimizer.optimizer
     assert type(optimizer) is oplora.OPAdamW
-    assert all(len(block) == 1 for stack in optimizer.stacks for block in stack.blocks)
+    assert all(len(block) == 1 for stack in optimizer.stacks for block in stack.tensors.blocks)
     starts = [start for stack in optimizer.stacks for (start,) in stack.starts]
     assert sorted(starts) == ["keep"] * 12 + ["still"] * 6  # A and the magnitude; B
     resumed = trained(

@@ -27,30 +27,31 @@ class MatchedAdamW(OPAdamW):
         if options.get("maximize") or options.get("clip"):
             raise ValueError("the control knows neither maximize nor clip: leave them out")
         super().__init__(params, **options)
-        groups = [{"params": block} for stack in self.stacks for block in stack.blocks]
-        self.plain = torch.optim.AdamW(groups, fused=True)
+        blocks = [block for stack in self.stacks for block in stack.tensors.blocks]
+        self.plain = torch.optim.AdamW([{"params": block} for block in blocks], fused=True)
 
     @torch.no_grad()
     def step(self, closure=None):
         multipliers = [1 + total for s in self.stacks for total in s.h.sum(1).tolist()]
-        tensors = [t.detach() for stack in self.stacks for t in stack.tensors]
+        tensors = [t.detach() for stack in self.stacks for t in stack.tensors.flat]
         values, skipped = [t.clone() for t in tensors], self.skipped_steps
         loss = super().step(closure)  # checks the gradients, trains the MLPs
         torch._foreach_copy_(tensors, values)  # what they wrote is replaced
         if self.skipped_steps == skipped:
-            outer = [group for s, group in self._groups_of_stacks() for _ in s.blocks]
+            stacked = [part for part in self.parts if part.stack is not None]
+            outer = [self.param_groups[part.group] for part in stacked for _ in part.stack.trunks]
             work = zip(self.plain.param_groups, multipliers, outer, strict=True)
             for plain, multiplier, group in work:
                 plain.update({key: group[key] for key in ("betas", "eps", "weight_decay")})
                 plain["lr"] = group["lr"] * multiplier
             self.plain.step()
-        for stack in self.stacks:
-            stack.accept()
+        self.accept()
         return loss
 
-    def _groups_of_stacks(self):
-        for stack, number in zip(self.stacks, self._inner_group, strict=True):
-            yield stack, self.param_groups[self._outer[number]]
+    def accept(self):
+        """Take what the tensors hold now as their own values, not as an edit."""
+        for stack in self.stacks:
+            stack.tensors.accept()
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "plain": self.plain.state_dict()}
@@ -58,8 +59,7 @@ class MatchedAdamW(OPAdamW):
     def load_state_dict(self, state_dict: dict[str, Any]):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "plain"})
         self.plain.load_state_dict(state_dict["plain"])
-        for stack in self.stacks:
-            stack.accept()
+        self.accept()
 
 
 def create_control_optimizer(
@@ -84,8 +84,7 @@ def create_control_optimizer(
     matched = MatchedAdamW(oplora_groups(model, mlp_width, init=init), **mlp_options, **adam)
     if not mlp_start:
         torch._foreach_copy_(tensors, first)
-        for stack in matched.stacks:
-            stack.accept()
+        matched.accept()
     if matched_steps:
         return matched
     return create_plain_optimizer(model, optimizer_cls, **adam)
