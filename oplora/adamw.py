@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from oplora import saving
-from oplora.optimizer import INITIAL, OPOptimizer, Part, Work
+from oplora.optimizer import INITIAL, OPOptimizer, Part, Work, with_keywords_of
 from oplora.rank1 import adamw_, foreach_rank1_adamw_
 from oplora.stack import MLPStack
 
@@ -83,6 +83,7 @@ class OPAdamW(OPOptimizer):
     AdamW's, but it has its own form. Other arguments: `OPOptimizer`.
     """
 
+    @with_keywords_of(OPOptimizer.__init__)
     def __init__(
         self,
         params: Iterable,

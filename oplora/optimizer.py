@@ -8,8 +8,9 @@ MLP: its adapter stays a plain one, at every step.
 `OPOptimizer` serves any torch.optim class; `oplora.adamw.OPAdamW` is the fast form for AdamW.
 """
 
+import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -229,10 +230,10 @@ class OPOptimizer(Optimizer):
         super().add_param_group(group)
         del self.param_groups[index]["start"]
         self._built.append((list(group["params"]), names, starts))
-        self._build(index, adopt=False)
+        self._build(index, already_written=False)
 
-    def _build(self, index: int, adopt: bool):
-        """The parts of one group; adopt: the tensors hold the MLPs' output already (`MLPStack`)."""
+    def _build(self, index: int, already_written: bool):
+        """The parts of one group; already_written: as in `MLPStack`."""
         group = self.param_groups[index]
         tensors, names, starts = self._built[index]
         if not group["mlp_width"]:
@@ -250,7 +251,7 @@ class OPOptimizer(Optimizer):
                 dtype=dtype,
                 seed=group["seed"],
                 rows=self.rows,
-                adopt=adopt,
+                already_written=already_written,
                 **{key: group[key] for key in INITIAL},
             )
             for i, resolved in zip(members, stack.starts, strict=True):
@@ -289,7 +290,7 @@ class OPOptimizer(Optimizer):
         self.inner.param_groups.clear()
         self._built = [(list(group["params"]), *rest) for group, (_, *rest) in groups]
         for index in range(len(groups)):
-            self._build(index, adopt=True)
+            self._build(index, already_written=True)
 
     # State
 
@@ -329,7 +330,7 @@ class OPOptimizer(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of MLPs and optimizer state on this rank now."""
-        mlp = [tensor for stack in self.stacks for tensor in stack.held()]
+        mlp = [tensor for stack in self.stacks for tensor in stack.in_memory()]
         stacked = [part for part in self.parts if part.stack is not None]
         states = [
             state
@@ -359,6 +360,23 @@ class OPOptimizer(Optimizer):
         for group in self.param_groups:
             lines.append("  " + ", ".join(f"{key}={group[key]}" for key in keys))
         return "\n".join(lines)
+
+
+def with_keywords_of(*sources: Callable) -> Callable:
+    """Decorate a function that hands **kwargs on: its signature shows the keywords of `sources`."""
+
+    def decorate(function: Callable) -> Callable:
+        mine = inspect.signature(function)
+        shown = {n: p for n, p in mine.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        rest = [p for n, p in mine.parameters.items() if n not in shown]
+        for source in sources:
+            for name, parameter in inspect.signature(source).parameters.items():
+                if parameter.kind is parameter.KEYWORD_ONLY and name not in shown:
+                    shown[name] = parameter
+        function.__signature__ = mine.replace(parameters=[*shown.values(), *rest])
+        return function
+
+    return decorate
 
 
 def check_choice(name: str, value, choices: tuple):

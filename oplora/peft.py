@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from oplora.adamw import OPAdamW
-from oplora.optimizer import OPOptimizer, check_optimizer
+from oplora.optimizer import OPOptimizer, check_optimizer, with_keywords_of
 from oplora.tensors import whole
 
 # What wrappers put into parameter names: without it a name, and so the MLP that it seeds, is the
@@ -35,6 +35,7 @@ class Block(NamedTuple):
     config: object
 
 
+@with_keywords_of(OPOptimizer.__init__)
 def create_oplora_optimizer(
     model: nn.Module | Sequence[nn.Module],
     optimizer_cls: type[Optimizer] = torch.optim.AdamW,
@@ -71,6 +72,7 @@ def create_oplora_optimizer(
     return OPOptimizer(groups, optimizer_cls, lr=lr, init=init, **kwargs)
 
 
+@with_keywords_of(create_oplora_optimizer)
 def create_oplora_lite_optimizer(
     model: nn.Module | Sequence[nn.Module],
     optimizer_cls: type[Optimizer] = torch.optim.AdamW,

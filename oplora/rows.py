@@ -5,7 +5,7 @@ off (h_j = 0) contributes nothing and gets no gradient, and about half of the un
 
 Both forms: `grow(h)` before anything that uses a new h; `weights(h)` and `predict` give W2ᵀ h,
 `factors(h)` is u in dL/dW2 = u ⊗ g, `backward` is dL/dh = W2 g; `decay` is weight decay of what
-no gradient reaches; `state`, `shapes` and `load` are for checkpoints, `held` what takes memory.
+no gradient reaches; `state`, `shapes` and `load` are for checkpoints.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ class ActiveRows:
     """W2 itself. Only rows of units that were ever on are kept; `every`: all rows.
 
     The others are as they were drawn, and are drawn again by draw(i) (width, P) when they are
-    needed. Only weight decay changes them: then they are kept in `rest`.
+    needed. Only weight decay changes them: then they are kept in `inactive_rows`.
     """
 
     def __init__(
@@ -27,10 +27,10 @@ class ActiveRows:
     ):  # fmt: skip
         self.width, self.draw, self.sizes, self.every = width, draw, sizes, every
         count = len(sizes)
-        self.order = torch.arange(width, device=like.device).repeat(count, 1)  # unit of each row
+        self.unit_of_row = torch.arange(width, device=like.device).repeat(count, 1)
         self.active = [width if every else 0] * count  # rows of W2 that are kept
         self.W2 = [draw(i) if every else like.new_empty(0, sizes[i]) for i in range(count)]
-        self.rest: list[Tensor | None] = [None] * count
+        self.inactive_rows: list[Tensor | None] = [None] * count
 
     def grow(self, h: Tensor):
         """Append the rows of units that are on for the first time in h (blocks, width)."""
@@ -38,21 +38,21 @@ class ActiveRows:
             return
         place = torch.arange(self.width, device=h.device)
         active = torch.tensor(self.active, device=h.device)
-        new = (h.gather(1, self.order) > 0) & (place >= active[:, None])
+        new = (h.gather(1, self.unit_of_row) > 0) & (place >= active[:, None])
         for i in new.any(1).nonzero().flatten().tolist():
             rest, first = self.inactive(i), self.active[i]
             for row in new[i].nonzero().flatten().tolist():
                 pair, swapped = [self.active[i], row], [row, self.active[i]]
-                self.order[i, pair] = self.order[i, swapped]
+                self.unit_of_row[i, pair] = self.unit_of_row[i, swapped]
                 rest[[k - first for k in pair]] = rest[[k - first for k in swapped]]
                 self.active[i] += 1
             count = self.active[i] - first
             self.W2[i].resize_(self.active[i], self.sizes[i])[first:] = rest[:count]
-            if self.rest[i] is not None:
-                self.rest[i] = rest[count:].clone()
+            if self.inactive_rows[i] is not None:
+                self.inactive_rows[i] = rest[count:].clone()
 
     def weights(self, h: Tensor) -> list[Tensor]:
-        ordered = h.gather(1, self.order)
+        ordered = h.gather(1, self.unit_of_row)
         return [row[:n] for row, n in zip(ordered, self.active, strict=True)]
 
     factors = weights
@@ -66,46 +66,46 @@ class ActiveRows:
         dh = gs[0].new_zeros(len(gs), self.width)
         for i, g in enumerate(gs):
             torch.mv(self.W2[i], g, out=dh[i, : self.active[i]])
-        return torch.zeros_like(dh).scatter_(1, self.order, dh)
+        return torch.zeros_like(dh).scatter_(1, self.unit_of_row, dh)
 
     def decay(self, members: Sequence[int], factor: float):
         for i in members:
-            self.rest[i] = self.inactive(i)
-        torch._foreach_mul_([self.rest[i] for i in members], factor)
+            self.inactive_rows[i] = self.inactive(i)
+        torch._foreach_mul_([self.inactive_rows[i] for i in members], factor)
 
     def inactive(self, i: int) -> Tensor:
-        """Rows of block i's W2 whose units never were on, in the order of `order`."""
-        if self.rest[i] is not None:
-            return self.rest[i]
+        """Rows of block i's W2 whose units never were on, in the order of `unit_of_row`."""
+        if self.inactive_rows[i] is not None:
+            return self.inactive_rows[i]
         if self.active[i] == self.width:
             return self.W2[i][self.width :]
-        return self.draw(i)[self.order[i, self.active[i] :]]
+        return self.draw(i)[self.unit_of_row[i, self.active[i] :]]
 
-    def held(self) -> list[Tensor]:
-        return [*self.W2, *(rows for rows in self.rest if rows is not None)]
+    def in_memory(self) -> list[Tensor]:
+        return [*self.W2, *(rows for rows in self.inactive_rows if rows is not None)]
 
     def trained(self, P: int) -> int:
         """Values that are trained for P predicted ones."""
         return self.width * P
 
     def state(self, i: int) -> dict[str, Tensor]:
-        """All rows of W2, in the order of `order`."""
+        """All rows of W2, in the order of `unit_of_row`."""
         W2 = self.W2[i]
         if self.active[i] < self.width:
             W2 = torch.cat([W2, self.inactive(i)])
-        return {"W2": W2, "order": self.order[i]}
+        return {"W2": W2, "order": self.unit_of_row[i]}
 
     def shapes(self, i: int) -> dict[str, tuple[int, ...]]:
         return {"W2": (self.width, self.sizes[i]), "order": (self.width,)}
 
     def load(self, i: int, state: dict[str, Tensor], active: int):
-        self.order[i].copy_(state["order"])
+        self.unit_of_row[i].copy_(state["order"])
         self.active[i] = active
         self.W2[i].resize_(active, self.sizes[i]).copy_(state["W2"][:active])
-        self.rest[i] = None
+        self.inactive_rows[i] = None
         rest = state["W2"][active:].to(self.W2[i])
         if not torch.equal(rest, self.inactive(i)):
-            self.rest[i] = rest.clone()
+            self.inactive_rows[i] = rest.clone()
 
 
 class SharedRow:
@@ -182,7 +182,7 @@ class SharedRow:
     def decay(self, members: Sequence[int], factor: float):
         self.shrink[members] *= factor
 
-    def held(self) -> list[Tensor]:
+    def in_memory(self) -> list[Tensor]:
         return [*self.W2, *(rows for pieces in self.first for rows in pieces)]
 
     def trained(self, P: int) -> int:

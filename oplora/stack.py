@@ -22,8 +22,8 @@ class MLPStack:
     blocks: N lists of tensors of one device; names: N lists of their names, which seed the random
     streams; starts: N entries, each a word or a list of one start per tensor (`resolve_starts`).
     dtype: of the state. rows: the form of W2, "active" or "every" (`ActiveRows`) or "shared".
-    Tensors with start "random" are overwritten with the MLP's value here. adopt: they were
-    before, by the same MLPs; what was written into them since then counts as an edit.
+    Tensors with start "random" are overwritten with the MLP's value here. already_written: they
+    were before, by the same MLPs; what was written into them since then counts as an edit.
     initial: other arguments of `initial_mlp`.
     """
 
@@ -37,7 +37,7 @@ class MLPStack:
         dtype: torch.dtype,
         seed: int,
         rows: str,
-        adopt: bool = False,
+        already_written: bool = False,
         **initial,
     ):
         self.tensors = BlockTensors(blocks, names, dtype)
@@ -61,7 +61,7 @@ class MLPStack:
         self.predict(range(len(blocks)), write=False)
         random = [start == "random" for starts in self.starts for start in starts]
         self.tensors.accept([not r for r in random])
-        if adopt:
+        if already_written:
             self.tensors.round_theta()
         else:
             self.tensors.write(random)
@@ -127,7 +127,7 @@ class MLPStack:
         return output.sum() + sum(t.square().sum() for t in trunk)
 
     def refresh(self):
-        """h from the present z, W1 and b1, with rows of W2 for units that are on for the first time."""
+        """h from the present trunks; W2 gets the rows of units that are on for the first time."""
         self.h = hidden(self.z, self.W1, self.b1)
         self.rows.grow(self.h)
 
@@ -160,9 +160,9 @@ class MLPStack:
         P = sum(tensor.numel() for tensor in self.tensors.flat)
         return self.z.numel() + self.W1.numel() + self.b1.numel() + P + self.rows.trained(P)
 
-    def held(self) -> list[Tensor]:
+    def in_memory(self) -> list[Tensor]:
         """What the MLPs occupy memory with."""
-        return [*self.stacked.values(), *self.rows.held()]
+        return [*self.stacked.values(), *self.rows.in_memory()]
 
     def state(self, i: int) -> dict[str, Tensor]:
         """The MLP of block i, by name."""

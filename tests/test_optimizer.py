@@ -177,7 +177,7 @@ def test_fp32_rank1_update_is_bit_identical_to_fused_adamw(weight_decay, monkeyp
     assert stack.rows.active != first, "units were to become active on the way"
     assert max(stack.rows.active) < WIDTH, "and some never"
     assert [len(W2) for W2 in stack.rows.W2] == stack.rows.active, "only active rows take memory"
-    assert all((rest is None) == (weight_decay == 0) for rest in stack.rows.rest)
+    assert all((rest is None) == (weight_decay == 0) for rest in stack.rows.inactive_rows)
 
 
 def test_public_operations_equal_the_fused_kernel():
