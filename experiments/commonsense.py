@@ -8,11 +8,11 @@ from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from oplora.data.completion import completion_dataset
-from oplora.finetuning import fine_tuning, finish, train
-from oplora.methods import apply_method
-from oplora.metrics.commonsense import held_out_nll, summary
-from oplora.runs import Run
+from oplora.harness.completion import completion_dataset
+from oplora.harness.finetuning import fine_tuning, finish, train
+from oplora.harness.methods import apply_method
+from oplora.harness.runs import Run
+from oplora.studies.commonsense.metrics import held_out_nll, summary
 
 
 @fine_tuning("commonsense", AutoModelForCausalLM)

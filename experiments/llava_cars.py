@@ -7,12 +7,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from peft import PeftModel
 
-from oplora.data.naming import NamingCollator, Pictures
-from oplora.finetuning import fine_tuning, finish, train
-from oplora.methods import apply_method
-from oplora.metrics.llava import evaluate, guesses
-from oplora.models.llava import Llava
-from oplora.runs import Run
+from oplora.harness.finetuning import fine_tuning, finish, train
+from oplora.harness.methods import apply_method
+from oplora.harness.runs import Run
+from oplora.studies.llava_cars.metrics import evaluate, guesses
+from oplora.studies.llava_cars.model import Llava
+from oplora.studies.llava_cars.naming import NamingCollator, Pictures
 
 
 def complete(cfg: DictConfig) -> None:

@@ -7,9 +7,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from oplora.entry import experiment
-from oplora.factorization import factorize
-from oplora.runs import open_run, peak_memory_bytes
+from oplora.harness.entry import experiment
+from oplora.harness.runs import open_run, peak_memory_bytes
+from oplora.studies.matrix_factorization.factorization import factorize
 
 
 @experiment("matrix_factorization")

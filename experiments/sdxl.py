@@ -10,12 +10,19 @@ from diffusers.training_utils import cast_training_params
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from oplora.data.assets import cache_folder
-from oplora.diffusion import DenoisingLoss, Snapshots, adapter_state, encode, export, held_out
-from oplora.finetuning import fine_tuning, finish, train
-from oplora.generation import Evaluation, merge
-from oplora.methods import apply_method
-from oplora.runs import Run
+from oplora.harness.assets import cache_folder
+from oplora.harness.finetuning import fine_tuning, finish, train
+from oplora.harness.methods import apply_method
+from oplora.harness.runs import Run
+from oplora.studies.sdxl.diffusion import (
+    DenoisingLoss,
+    Snapshots,
+    adapter_state,
+    encode,
+    export,
+    held_out,
+)
+from oplora.studies.sdxl.generation import Evaluation, merge
 
 
 @fine_tuning("sdxl", UNet2DConditionModel)

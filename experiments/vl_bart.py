@@ -7,12 +7,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
-from oplora.data.vl_batches import MultitaskBatches, VLCollator, check_images
-from oplora.finetuning import fine_tuning, finish, train
-from oplora.methods import apply_method
-from oplora.metrics.vl import EpochScores
-from oplora.models.vl_bart import VLBart
-from oplora.runs import Run
+from oplora.harness.finetuning import fine_tuning, finish, train
+from oplora.harness.methods import apply_method
+from oplora.harness.runs import Run
+from oplora.studies.vl_bart.batches import MultitaskBatches, VLCollator, check_images
+from oplora.studies.vl_bart.metrics import EpochScores
+from oplora.studies.vl_bart.model import VLBart
 
 
 def complete(cfg: DictConfig) -> None:

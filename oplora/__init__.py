@@ -15,7 +15,8 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
-    # On first use: `import oplora.runs` shall not wait for torch, nor OPAdamW for transformers.
+    # On first use: what needs no torch (`oplora.report`) shall not wait for it, nor OPAdamW for
+    # transformers.
     if name not in _HOMES:
         raise AttributeError(f"module 'oplora' has no attribute {name!r}")
     return getattr(import_module(f"oplora.{_HOMES[name]}"), name)

@@ -209,6 +209,15 @@ def decay_groups(model: nn.Module, pairs: list[tuple[str, Tensor]]) -> list[dict
     return [group for group in groups if group["params"]]
 
 
+def create_plain_optimizer(model: nn.Module, optimizer_cls: type[Optimizer], **kwargs) -> Optimizer:
+    """`optimizer_cls` on all trained parameters, biases and norms without weight decay."""
+    pairs = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = decay_groups(model, pairs)
+    for group in groups:
+        group["params"] = [tensor for _, tensor in group["params"]]
+    return optimizer_cls(groups, **kwargs)
+
+
 def _unwrap(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
     if isinstance(model, list | tuple):
         return nn.ModuleList(_unwrap(each) for each in model)

@@ -28,10 +28,16 @@ from benchmark_training import (
 from tqdm import tqdm
 
 import oplora
-from oplora.factorization import SGD, Adam, Momentum, Problem, factorize
+from oplora.harness.runs import environment, write_atomically
 from oplora.mlp import AdapterMLP
 from oplora.optimizer import OPOptimizer
-from oplora.runs import environment, write_atomically
+from oplora.studies.matrix_factorization.factorization import (
+    SGD,
+    Adam,
+    Momentum,
+    Problem,
+    factorize,
+)
 
 ROUNDS = 5  # their range is a 94% interval of the median
 CASES = [  # workload, rank, methods

@@ -26,12 +26,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import oplora
 from oplora.baselines import create_lora_pro_optimizer, create_lora_rite_optimizer
-from oplora.diffusion import DenoisingLoss
-from oplora.methods import add_adapter, create_plain_optimizer
+from oplora.harness.methods import add_adapter
+from oplora.harness.runs import peak_memory_bytes
 from oplora.mlp import AdapterMLP
-from oplora.models.tiny_sdxl import tiny_sdxl as build_tiny_sdxl
-from oplora.peft import adapter_blocks, create_oplora_lite_optimizer
-from oplora.runs import peak_memory_bytes
+from oplora.peft import adapter_blocks, create_oplora_lite_optimizer, create_plain_optimizer
+from oplora.studies.sdxl.diffusion import DenoisingLoss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,10 +127,7 @@ def _autocast(workload: Workload) -> Workload:
 
 def tiny_sdxl() -> Workload:
     """The tiny SDXL's U-Net, 16 images of 64 × 64, fp32."""
-    if TINY_SDXL.exists():
-        unet = UNet2DConditionModel.from_pretrained(TINY_SDXL, subfolder="unet")
-    else:  # the same sizes: all that counts here
-        unet = build_tiny_sdxl(["a face", "a cat"]).unet
+    unet = UNet2DConditionModel.from_pretrained(TINY_SDXL, subfolder="unet")
     return _denoising(unet.to(DEVICE), images=16, side=64, tokens=20)
 
 

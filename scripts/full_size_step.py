@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import oplora
-from oplora.methods import add_adapter
-from oplora.runs import environment, peak_memory_bytes, reset_peak_memory, write_atomically
+from oplora.harness.methods import add_adapter
+from oplora.harness.runs import environment, peak_memory_bytes, reset_peak_memory, write_atomically
 
 PAPER = Path(__file__).resolve().parent.parent / "configs" / "sdxl" / "paper.yaml"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from oplora.runs import environment, write_atomically
+from oplora.harness.runs import environment, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from oplora import report
-from oplora.runs import load_runs
+from oplora.harness.runs import load_runs
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published"
 

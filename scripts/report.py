@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pandas
 
+from oplora.harness.runs import write_atomically
 from oplora.report import build, claims, fill
 from oplora.report.page import Statement, Table, markdown_table, write_report
-from oplora.runs import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -87,17 +87,19 @@ def commands() -> str:
 
 def files() -> str:
     """One line a file: what its first line says of it."""
+    package = ROOT / "oplora"
+    folders = [package / name for name in ("baselines", "harness", "studies", "report")]
+    paths = sorted(package.glob("*.py"))  # the library first
+    for folder in (*folders, ROOT / "base_models"):
+        paths += sorted(folder.rglob("*.py"))
     lines = {}
-    for path in sorted((ROOT / "oplora").rglob("*.py")):
-        if path.name != "__init__.py":
-            lines[path] = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    for path in sorted((ROOT / "scripts").glob("*")):
-        if path.suffix == ".py":
+    for path in (*paths, *sorted((ROOT / "scripts").glob("*"))):
+        if path.suffix == ".py" and path.name != "__init__.py":
             lines[path] = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         elif path.suffix == ".sh":
             text = path.read_text(encoding="utf-8").removeprefix("#!/usr/bin/env bash\n")
             lines[path] = text.splitlines()[0].removeprefix("# ")
-    listed = [f"{path.relative_to(ROOT)!s:35} {text.splitlines()[0].rstrip('.')}"
+    listed = [f"{path.relative_to(ROOT)!s:52} {text.splitlines()[0].rstrip('.')}"
               for path, text in lines.items()]  # fmt: skip
     return "```\n" + "\n".join(listed) + "\n```"
 

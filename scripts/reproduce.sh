@@ -17,7 +17,7 @@ small() { # EXPERIMENT [BASE_MODEL OVERRIDES…]
   local experiment=$1 base=${2:-} rates
   shift $(($# > 1 ? 2 : 1))
   if [ -n "$base" ] && [ ! -e "results/base_models/$base" ]; then
-    echo "skipping $experiment: make its base model with python scripts/pretrain_$base.py"
+    echo "skipping $experiment: make its base model with python base_models/$base/pretrain.py"
     return
   fi
   if ! rates=$("$PYTHON" scripts/rates.py "$experiment" lora oplora); then

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from oplora.data import assets
-from oplora.data.assets import Asset, AssetError, ChecksumError, build_once, derived, fetch
+from oplora.harness import assets
+from oplora.harness.assets import Asset, AssetError, ChecksumError, build_once, derived, fetch
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,7 +145,7 @@ def test_killed_build_is_repeated(tmp_path):
     target = tmp_path / "asset"
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from oplora.data.assets import build_once\n"
+        "from oplora.harness.assets import build_once\n"
         "def build(folder):\n"
         "    (folder / 'half').write_text(''); os.kill(os.getpid(), signal.SIGKILL)\n"
         "build_once(Path(sys.argv[1]), build)"

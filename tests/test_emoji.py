@@ -8,8 +8,17 @@ import pytest
 from PIL import Image
 from tiny_emoji import emoji_packages
 
-from oplora.data.emoji import ALIGNED, PICTURES, STYLES, caption, distinct, drawn, emoji, split_of
-from oplora.data.emoji_variants import FILTERS, framed, recoloured, tinted, variants
+from base_models.tiny_sdxl.variants import FILTERS, framed, recoloured, tinted, variants
+from oplora.harness.emoji import (
+    ALIGNED,
+    PICTURES,
+    STYLES,
+    caption,
+    distinct,
+    drawn,
+    emoji,
+    split_of,
+)
 
 
 @pytest.fixture(scope="module")

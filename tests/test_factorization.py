@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from oplora.factorization import (
+from oplora.mlp import AdapterMLP
+from oplora.studies.matrix_factorization.factorization import (
     SGD,
     Adam,
     Momentum,
@@ -16,7 +17,6 @@ from oplora.factorization import (
     product_singular_values,
     svd_reference,
 )
-from oplora.mlp import AdapterMLP
 
 SMALL = Problem(rows=12, columns=9, rank=3, steps=40, warmup_steps=5, log_every=5)
 MLP = dict(width=8, z_dim=6)

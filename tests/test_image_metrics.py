@@ -26,9 +26,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from oplora.data.assets import AssetError, ChecksumError, fetch
-from oplora.metrics.cmmd import mmd, mmd_interval
-from oplora.metrics.images import (
+from oplora.harness.assets import AssetError, ChecksumError, fetch
+from oplora.studies.sdxl.cmmd import mmd, mmd_interval
+from oplora.studies.sdxl.images import (
     EfficientNetLite0,
     ImageDistance,
     OpenClip,

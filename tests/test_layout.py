@@ -8,9 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = sorted((ROOT / "oplora").rglob("*.py"))
-# Later layers may import earlier ones, never the other way round.
-CORE = [
+PACKAGE = ROOT / "oplora"
+# Later layers of the library may import earlier ones, never the other way round.
+LIBRARY = [
     "mlp",
     "rank1",
     "tensors",
@@ -22,6 +22,8 @@ CORE = [
     "peft",
     "trainer",
 ]
+STUDIES = ("hydra", "omegaconf", "diffusers", "datasets", "pandas", "matplotlib", "torchmetrics")
+ROOMS = sorted(path.name for path in (PACKAGE / "studies").iterdir() if any(path.glob("*.py")))
 EXPERIMENTS = [p.stem for p in (ROOT / "experiments").glob("*.py")]
 
 
@@ -35,30 +37,78 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_the_core_is_layered():
-    for position, name in enumerate(CORE):
-        used = imports(ROOT / "oplora" / f"{name}.py")
-        allowed = {f"oplora.{earlier}" for earlier in CORE[:position]}
-        ours = {u for u in used if u.startswith("oplora.") and u.count(".") == 1}
-        assert ours <= allowed, name
+def of(*folders: str) -> list[tuple[Path, set[str]]]:
+    """(file, what it imports) of all Python files in these folders of the repository."""
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert paths
+    return [(path, imports(path)) for path in paths]
 
 
-@pytest.mark.parametrize("folder", ["data", "models", "metrics"])
-def test_data_models_and_metrics_stand_alone(folder):
-    """Data and metrics may look through a model's eyes, models know neither."""
-    allowed = (f"oplora.{folder}", "oplora.models")
-    for path in (ROOT / "oplora" / folder).rglob("*.py"):
-        for used in imports(path):
-            assert not used.startswith("oplora.") or used.startswith(allowed), path
+def ours(used: set[str]) -> set[str]:
+    return {name for name in used if name.startswith(("oplora.", "base_models"))}
 
 
-def test_runs_and_report_need_no_torch():
-    for path in [ROOT / "oplora/runs.py", *(ROOT / "oplora/report").rglob("*.py")]:
-        for used in imports(path):
-            assert used.split(".")[0] not in ("torch", "transformers", "peft"), path
-            assert not used.startswith("oplora.") or used.startswith(
-                ("oplora.runs", "oplora.report")
-            ), path
+def within(name: str, *modules: str) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def test_the_library_is_layered():
+    assert sorted(LIBRARY) == sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
+    for position, name in enumerate(LIBRARY):
+        allowed = [f"oplora.{earlier}" for earlier in LIBRARY[:position]]
+        for used in ours(imports(PACKAGE / f"{name}.py")):
+            assert within(used, *allowed), (name, used)
+
+
+def test_the_library_knows_no_study():
+    allowed = ["oplora.baselines", *(f"oplora.{name}" for name in LIBRARY)]
+    flat = [(path, imports(path)) for path in PACKAGE.glob("*.py")]
+    for path, used in [*flat, *of("oplora/baselines")]:
+        assert not {name for name in used if name.split(".")[0] in STUDIES}, path
+        assert all(within(name, *allowed) for name in ours(used)), path
+
+
+def test_the_harness_knows_no_experiment():
+    for path, used in of("oplora/harness"):
+        assert not any(
+            within(name, "oplora.studies", "oplora.report", "base_models") for name in used
+        ), path
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_know_neither_one_another_nor_how_base_models_were_made(room):
+    others = [f"oplora.studies.{name}" for name in ROOMS if name != room]
+    for path, used in of(f"oplora/studies/{room}"):
+        assert not any(within(name, *others, "base_models", "experiments") for name in used), path
+
+
+def test_every_experiment_has_a_room_and_its_script_enters_no_other():
+    assert sorted(EXPERIMENTS) == ROOMS
+    for name in EXPERIMENTS:
+        allowed = ("oplora.harness", f"oplora.studies.{name}")
+        for used in ours(imports(ROOT / "experiments" / f"{name}.py")):
+            assert within(used, *allowed), (name, used)
+
+
+def test_runs_and_reports_need_no_torch():
+    runs = PACKAGE / "harness" / "runs.py"
+    frame = ("oplora.harness.runs", "oplora.report")
+    rooms = [
+        (path, imports(path), (*frame, f"oplora.studies.{path.parent.name}.report"))
+        for path in PACKAGE.glob("studies/*/report.py")
+    ]
+    for path, used, allowed in [
+        (runs, imports(runs), frame),
+        *((path, used, frame) for path, used in of("oplora/report")),
+        *rooms,
+    ]:
+        assert not {name for name in used if within(name, "torch", "transformers", "peft")}, path
+        assert all(within(name, *allowed) for name in ours(used)), path
+
+
+def test_only_tests_look_into_base_models():
+    for path, used in of("oplora", "experiments", "scripts"):
+        assert not any(within(name, "base_models") for name in used), path
 
 
 def test_experiments_are_wiring():

@@ -11,8 +11,8 @@ from tiny_emoji import emoji_packages
 from tiny_llava import CLASSES, PROMPT, SIDE, TOKENS, photo, tokenizer_with_image, write_cars
 from transformers import LlavaImageProcessorPil
 
-from oplora.data import cars, emoji_names
-from oplora.data.naming import NamingCollator, Picture, Pictures, opened
+from oplora.studies.llava_cars import cars, emoji_names
+from oplora.studies.llava_cars.naming import NamingCollator, Picture, Pictures, opened
 
 SQUARE = {"height": SIDE, "width": SIDE}
 PROCESSOR = LlavaImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE, do_pad=True)

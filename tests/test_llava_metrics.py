@@ -7,8 +7,15 @@ import pytest
 import torch
 from tiny_llava import PROMPT, SIDE, TOKENS, tiny_llava, tokenizer_with_image
 
-from oplora.data.naming import NamingCollator, Picture
-from oplora.metrics.llava import evaluate, exact_match, found_label, guesses, label_nll, summary
+from oplora.studies.llava_cars.metrics import (
+    evaluate,
+    exact_match,
+    found_label,
+    guesses,
+    label_nll,
+    summary,
+)
+from oplora.studies.llava_cars.naming import NamingCollator, Picture
 
 LABELS = ["dog", "hot dog", "cat", "2012 Audi S4 Sedan", "2012 Audi S4", "ox"]
 

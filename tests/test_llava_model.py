@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -23,10 +22,9 @@ from tiny_llava import (
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from oplora.models import tiny_llava as small
-from oplora.models.llava import Llava
-
-ROOT = Path(__file__).resolve().parent.parent
+from base_models.tiny_llava import model as small
+from base_models.tiny_llava import pretrain
+from oplora.studies.llava_cars.model import Llava, load
 
 
 class Picture(NamedTuple):
@@ -157,7 +155,7 @@ def test_what_was_saved_is_loaded_with_the_language_model_of_another_folder(tmp_
     tower, language = small.TowerTraining(6).tower, str(tmp_path / "language")
     model = small.assemble(tower, language, dtype, 49).eval()
     model.save_pretrained(tmp_path / "base")
-    loaded = small.load(str(tmp_path / "base"), language, dtype).eval()
+    loaded = load(str(tmp_path / "base"), language, dtype).eval()
     assert loaded.lm_head.weight.dtype == dtype
     assert model.model.multi_modal_projector.linear_1.weight.dtype == torch.float32
     pixels = torch.randn(2, 3, small.SIDE, small.SIDE)
@@ -170,8 +168,8 @@ def test_what_was_saved_is_loaded_with_the_language_model_of_another_folder(tmp_
 
 
 def test_a_missing_base_says_how_to_make_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"pretrain_tiny_llava\.py"):
-        small.load(str(tmp_path), "nowhere", torch.float32)
+    with pytest.raises(FileNotFoundError, match=r"base_models/tiny_llava/pretrain\.py"):
+        load(str(tmp_path), "nowhere", torch.float32)
 
 
 def test_pretraining_writes_a_base_that_loads_and_leaves_nothing_else(tmp_path, monkeypatch):
@@ -180,28 +178,25 @@ def test_pretraining_writes_a_base_that_loads_and_leaves_nothing_else(tmp_path, 
     tokenizer, language = tokenizer_with_image(), tmp_path / "language"
     tokenizer.save_pretrained(language)
     tiny_llama(len(tokenizer)).save_pretrained(language)
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import pretrain_tiny_llava as script
-
-    monkeypatch.setattr(script, "EfficientNetLite0", lambda folder: None)  # the teacher
-    monkeypatch.setattr(script, "fetch", lambda name: None)
-    monkeypatch.setattr(script, "features", lambda images, _: torch.rand(len(images), 6))
+    monkeypatch.setattr(pretrain, "EfficientNetLite0", lambda folder: None)  # the teacher
+    monkeypatch.setattr(pretrain, "fetch", lambda name: None)
+    monkeypatch.setattr(pretrain, "features", lambda images, _: torch.rand(len(images), 6))
     out = tmp_path / "out" / "tiny_llava"
     command = [
-        "pretrain_tiny_llava.py", f"--out={out}", "--tower-steps=2", "--spelling-steps=2",
+        "pretrain.py", f"--out={out}", "--tower-steps=2", "--spelling-steps=2",
         "--projector-steps=2",
         "data.classes=4", "image_token='<image>'", "~folder",
         f"+folder={{_target_: os.path.join, _args_: ['{language}']}}",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", command)
-    script.main()
+    pretrain.main()
     assert [path.name for path in out.parent.iterdir()] == ["tiny_llava"]
     assert str(tmp_path) not in (out / "config.json").read_text()
     facts = json.loads((out / "pretraining.json").read_text())
     assert facts["tower"]["steps"] == facts["projector"]["steps"]["spelling"] == 2
     assert set(facts["nearest_is_same_emoji"]) == {"google2017", "fluent"}
-    model = small.load(str(out), str(language), torch.bfloat16)
+    model = load(str(out), str(language), torch.bfloat16)
     assert model.config.image_seq_length == 9
     assert model.model.vision_tower.dtype == torch.float32  # half on disk
     with pytest.raises(SystemExit):  # nothing is overwritten
-        script.main()
+        pretrain.main()

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from tiny_models import FAMILIES
 
 import oplora
-from oplora.methods import apply_method
+from oplora.harness.methods import apply_method
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Methods of the matrix factorization study have no adapter.

@@ -6,9 +6,9 @@ import pandas
 import pytest
 import yaml
 
+from oplora.harness.runs import load_runs
 from oplora.report import llava_cars
 from oplora.report.page import write_report
-from oplora.runs import load_runs
 
 
 def store(folder, method, lr, seed, loss, accuracy=None, rank=16, width=768, fine_tune=True):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from oplora.harness.runs import Record
 from oplora.report import claims, rules
 from oplora.report.comparison import Comparison, good_rates
 from oplora.report.rules import FAILS, HOLDS, IN_A_RANGE, NOT_RUN, UNTESTABLE
-from oplora.runs import Record
 
 SWEEP = {"lora": {1e-3: 3.0, 1e-2: 2.0, 1e-1: 4.0}, "oplora": {1e-3: 3.1, 1e-2: 1.9, 1e-1: 4.1}}
 CITED = {"lora": 70.0, "oplora": 71.0}

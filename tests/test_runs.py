@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oplora import runs
+from oplora.harness import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,7 +69,7 @@ def test_a_damaged_run_is_named_and_set_aside(tmp_path, name, capsys):
 
 def test_a_second_process_is_refused_and_a_killed_one_frees_the_run(tmp_path):
     script = (
-        "import sys, time, json; from oplora import runs\n"
+        "import sys, time, json; from oplora.harness import runs\n"
         "run = runs.open_run(json.loads(sys.argv[1])); print('open', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, json.dumps(config(tmp_path))]
@@ -89,7 +89,7 @@ def test_a_second_process_is_refused_and_a_killed_one_frees_the_run(tmp_path):
 def test_the_memory_of_an_earlier_run_does_not_count():
     """Whatever it left: garbage that only the collector finds, in pieces that glibc keeps."""
     script = (
-        "from oplora import runs\n"
+        "from oplora.harness import runs\n"
         "model = [bytearray(50_000) for _ in range(6_000)]\n"
         "keep = model[::2000]\n"
         "model.append(model)\n"
@@ -143,5 +143,5 @@ def test_duplicates_count_once_and_dirty_runs_are_named(tmp_path):
 
 
 def test_neither_runs_nor_report_import_torch():
-    code = "import sys, oplora.runs, oplora.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, oplora.harness.runs, oplora.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

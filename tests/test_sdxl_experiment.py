@@ -35,7 +35,7 @@ def command(setting, runs, *overrides, dataset="naruto"):
         "pipeline.dtype.path=torch.float32", "~pipeline.revision", "~pipeline.vae",
         "training.bf16=false", "+training.use_cpu=true", "training.save_steps=4",
         "generate.steps=2", "images.shown=2", "images.steps=[4]", "images.at_steps=3",
-        "distance.encoder._target_=oplora.metrics.images.TransformersClip",
+        "distance.encoder._target_=oplora.studies.sdxl.images.TransformersClip",
         f"+distance.encoder.pretrained_model_name_or_path={setting / 'clip'}",
         "side_metrics=null", *overrides,
     ]  # fmt: skip

@@ -196,7 +196,7 @@ def test_reproduce_renders_early_skips_what_it_cannot_and_goes_on_after_a_failur
     for experiment, base in (("sdxl", "tiny_sdxl"), ("llava_cars", "tiny_llava")):
         there = (ROOT / "results/base_models" / base).exists()
         assert there == any(f"experiments/{experiment}.py" in line for line in lines)
-        assert there or f"python scripts/pretrain_{base}.py" in done.stdout
+        assert there or f"python base_models/{base}/pretrain.py" in done.stdout
 
 
 def test_rates_of_the_published_sweeps(tmp_path):

@@ -17,8 +17,7 @@ from tiny_emoji import emoji_packages
 from torch import nn
 from transformers import CLIPTokenizer
 
-from oplora.models.tiny_sdxl import clip_tokenizer, tiny_sdxl
-from oplora.models.tiny_sdxl_training import (
+from base_models.tiny_sdxl.losses import (
     AutoencoderLoss,
     PretrainingLoss,
     as_floats,
@@ -27,6 +26,7 @@ from oplora.models.tiny_sdxl_training import (
     round_trip_psnr,
     standardise,
 )
+from base_models.tiny_sdxl.pipeline import clip_tokenizer, tiny_sdxl
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = ["grinning face, face smiling", "red apple, food fruit", "cat face, animal mammal"]
@@ -112,7 +112,7 @@ def test_the_tokenizer_is_clips_and_learns_frequent_words():
     for text in ("zebra & co", "naïve 🍎"):
         assert 529 not in tokenizer(text).input_ids[1:-1]  # spelled, not unknown
     code = (
-        "from oplora.models.tiny_sdxl import clip_tokenizer as c;"
+        "from base_models.tiny_sdxl.pipeline import clip_tokenizer as c;"
         f"print(c({CAPTIONS!r}, 700, 8).backend_tokenizer.to_str())"
     )
     spoken = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -272,7 +272,7 @@ def setting(tmp_path_factory):
 
 def command(folder):
     return [
-        sys.executable, "scripts/pretrain_tiny_sdxl.py", f"runtime.runs_dir={folder / 'runs'}",
+        sys.executable, "base_models/tiny_sdxl/pretrain.py", f"runtime.runs_dir={folder / 'runs'}",
         f"out={folder / 'out'}", "runtime.threads=1", "autoencoder.model.vae_channels=[8,8,8,8]",
         "autoencoder.model.latent_channels=4",
         "autoencoder.stages=[{crop: 32, training: {max_steps: 3}}, {crop: 64, training: "

@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, decoder
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 import oplora
-from oplora.finetuning import train
+from oplora.harness.finetuning import train
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 

@@ -12,8 +12,8 @@ from tiny_vl import CELLS, SIZE, TASKS, TinyGrids, items, tiny_tokenizer, tiny_v
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from oplora.data.grids import H5Grids, StoredGrids, cells_of, layer_output, pooled
-from oplora.data.vl_batches import Draw, MultitaskBatches, VLCollator, VLItem, check_images
+from oplora.studies.vl_bart.batches import Draw, MultitaskBatches, VLCollator, VLItem, check_images
+from oplora.studies.vl_bart.grids import H5Grids, StoredGrids, cells_of, layer_output, pooled
 
 COUNTS = {"vqa": 7, "gqa": 5, "nlvr": 2, "caption": 4}
 SIZES = {"vqa": 3, "gqa": 5, "nlvr": 1, "caption": 3}  # 3 + 1 + 2 + 2 batches

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_vl import TASKS, TinyGrids, items, tiny_tokenizer, tiny_vl_bart
 
-from oplora.data.vl_batches import VLCollator
-from oplora.metrics import vl
-from oplora.metrics.vl import (
+from oplora.studies.vl_bart import metrics as vl
+from oplora.studies.vl_bart.batches import VLCollator
+from oplora.studies.vl_bart.metrics import (
     cider,
     evaluate,
     normalised_answer,

@@ -10,9 +10,9 @@ from peft import PeftModel
 from tiny_vl import CELLS, SIZE, TASKS, TinyGrids, items, tiny_bart, tiny_tokenizer, tiny_vl_bart
 
 import oplora
-from oplora.data.vl_batches import MultitaskBatches, VLCollator
-from oplora.methods import apply_method
-from oplora.models.vl_bart import VLBart, base_folder, item_loss
+from oplora.harness.methods import apply_method
+from oplora.studies.vl_bart.batches import MultitaskBatches, VLCollator
+from oplora.studies.vl_bart.model import VLBart, base_folder, item_loss
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -114,7 +114,7 @@ def test_saved_and_loaded(model, batch, tmp_path):
     assert torch.equal(fresh.model.shared.weight, tiny_bart().model.shared.weight)
     assert fresh(**batch).loss.isfinite()
     assert base_folder(str(tmp_path)) == str(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*pretrain_tiny_vl_bart"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*base_models/tiny_vl_bart"):
         base_folder("nowhere")
 
 

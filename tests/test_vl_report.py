@@ -4,9 +4,9 @@ import pandas
 import pytest
 from stored_runs import store_vl_bart as store
 
+from oplora.harness.runs import load_runs
 from oplora.report import vl_bart
 from oplora.report.page import write_report
-from oplora.runs import load_runs
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-from oplora.data import easy_vqa
-from oplora.data.assets import AssetError, ChecksumError, fetch
-from oplora.data.grids import H5Grids
-from oplora.models.vl_bart import VLBart
+from base_models.tiny_vl_bart import pretrain
+from oplora.harness.assets import AssetError, ChecksumError, fetch
+from oplora.studies.vl_bart import easy_vqa
+from oplora.studies.vl_bart.grids import H5Grids
+from oplora.studies.vl_bart.model import VLBart
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -80,14 +81,14 @@ def test_a_base_model_is_trained_and_saved_at_once(tmp_path, monkeypatch, capsys
         raise
     except AssetError as error:
         pytest.skip(str(error))
-    module, out = script("pretrain_tiny_vl_bart"), tmp_path / "base"
+    out = tmp_path / "base"
     counts = {"vqa": 150, "gqa": 150, "nlvr": 150, "caption": 150}
-    monkeypatch.setattr(module, "ITEMS", counts)
-    monkeypatch.setattr(module, "HELD_OUT", 20)
+    monkeypatch.setattr(pretrain, "ITEMS", counts)
+    monkeypatch.setattr(pretrain, "HELD_OUT", 20)
     monkeypatch.setattr(easy_vqa, "grids", lambda size, cells: AnyGrids())
     arguments = ["--out", str(out), "--epochs", "1", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
-    module.main()
+    pretrain.main()
     facts = json.loads((out / "pretraining.json").read_text())
     assert facts == json.loads(capsys.readouterr().out[-len(json.dumps(facts, indent=1)) - 1 :])
     assert {"gqa neither (new)", "vqa color (seen)"} <= set(facts["scores"]["families"])
@@ -103,4 +104,4 @@ def test_a_base_model_is_trained_and_saved_at_once(tmp_path, monkeypatch, capsys
             for text in (f"{item.task}: {item.text}", item.answers[0][0]):
                 assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
     with pytest.raises(SystemExit):  # it is never overwritten
-        module.main()
+        pretrain.main()

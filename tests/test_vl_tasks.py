@@ -9,12 +9,20 @@ from itertools import chain
 import pytest
 from tiny_vl import CELLS, SIZE, TASKS, write_records
 
-from oplora.data import easy_vqa
-from oplora.data.assets import AssetError, ChecksumError, fetch
-from oplora.data.grids import H5Grids
-from oplora.data.shape_language import COLORS, FAMILIES, SHAPES, Picture, draw, facts, vqa_family
-from oplora.data.vl_batches import VLItem, check_images
-from oplora.data.vl_tasks import upstream_sides
+from oplora.harness.assets import AssetError, ChecksumError, fetch
+from oplora.studies.vl_bart import easy_vqa
+from oplora.studies.vl_bart.batches import VLItem, check_images
+from oplora.studies.vl_bart.grids import H5Grids
+from oplora.studies.vl_bart.shape_language import (
+    COLORS,
+    FAMILIES,
+    SHAPES,
+    Picture,
+    draw,
+    facts,
+    vqa_family,
+)
+from oplora.studies.vl_bart.tasks import upstream_sides
 
 
 @pytest.fixture

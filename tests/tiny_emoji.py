@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from oplora.data.assets import ASSETS
-from oplora.data.emoji import PICTURES, STYLES
+from oplora.harness.assets import ASSETS
+from oplora.harness.emoji import PICTURES, STYLES
 
 
 def emoji_packages(cache: Path, per_category: int = 12) -> list[dict]:

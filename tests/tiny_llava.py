@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from oplora.models.llava import Llava
+from oplora.studies.llava_cars.model import Llava
 
 SIDE, PATCH, WIDTH = 16, 8, 24
 TOKENS = (SIDE // PATCH) ** 2

@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
-from oplora.data.vl_batches import VLItem
-from oplora.models.vl_bart import VLBart, VLBartConfig
+from oplora.studies.vl_bart.batches import VLItem
+from oplora.studies.vl_bart.model import VLBart, VLBartConfig
 
 SENTENCES = ["vqa: gqa: gpa: nlvr: caption: is the shape red? true false yes no a red circle."]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -12,8 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from oplora.adamw import OPAdamW
-from oplora.methods import create_plain_optimizer
-from oplora.peft import adapter_blocks, oplora_groups
+from oplora.peft import adapter_blocks, create_plain_optimizer, oplora_groups
 
 
 class MatchedAdamW(OPAdamW):

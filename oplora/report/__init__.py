@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas
 import yaml
 
+from oplora.harness.runs import Record, load_runs
 from oplora.report import (
     across,
     benchmarks,
@@ -19,7 +20,6 @@ from oplora.report import (
 )
 from oplora.report.comparison import Comparison
 from oplora.report.page import Section, Table, write_report
-from oplora.runs import Record, load_runs
 
 DEVIATIONS = Path(__file__).resolve().parents[2] / "results" / "paper" / "deviations.yaml"
 

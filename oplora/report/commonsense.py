@@ -4,6 +4,7 @@ import json
 
 import pandas
 
+from oplora.harness.runs import Record
 from oplora.report.comparison import Comparison, usual
 from oplora.report.methods import (
     CONTROLS,
@@ -18,7 +19,6 @@ from oplora.report.methods import (
 )
 from oplora.report.page import Section, Statement, Table
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
-from oplora.runs import Record
 
 NLL = "held-out nats per token"
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from oplora.harness.runs import Record
 from oplora.report.methods import Sweep, by_method, chosen_rates, rates_of, trained
 from oplora.report.statistics import mean_interval
-from oplora.runs import Record
 
 TOLERANCE = 1.05  # a rate is good if its validation loss is within 5% of the best
 PLACES = {  # experiment → preset → what is trained on what

@@ -4,6 +4,7 @@ import json
 
 import pandas
 
+from oplora.harness.runs import Record
 from oplora.report.comparison import Comparison, usual
 from oplora.report.methods import (
     CONTROLS,
@@ -20,7 +21,6 @@ from oplora.report.methods import (
 )
 from oplora.report.page import Section, Table
 from oplora.report.statistics import paired_bootstrap, shown
-from oplora.runs import Record
 
 CITED_RANKS = (16, 64)
 

@@ -9,9 +9,9 @@ import pandas
 import yaml
 from matplotlib.figure import Figure
 
+from oplora.harness.runs import Record
 from oplora.report.page import Picture, Table
 from oplora.report.statistics import at_shared_steps, mean_interval
-from oplora.runs import Record
 
 NAMES = {
     "full": "full fine-tuning",

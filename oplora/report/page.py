@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas
 from matplotlib.figure import Figure
 
-from oplora.runs import write_atomically
+from oplora.harness.runs import write_atomically
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2a83; --part: #b803;

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas
 
+from oplora.harness.runs import Record
 from oplora.report.page import Section, Table
-from oplora.runs import Record
 
 LIBRARIES = ("torch", "transformers", "diffusers", "peft")
 

@@ -6,6 +6,7 @@ import matplotlib.image
 import pandas
 from matplotlib.figure import Figure
 
+from oplora.harness.runs import Record
 from oplora.report.comparison import PLACES, Comparison, usual
 from oplora.report.methods import (
     by_method,
@@ -23,7 +24,6 @@ from oplora.report.methods import (
 )
 from oplora.report.page import Picture, Section, Table
 from oplora.report.statistics import mean_interval, shown
-from oplora.runs import Record
 
 SCALES = (
     "At the paper's scale q, k, v and the output of the attention layers are adapted at a constant "

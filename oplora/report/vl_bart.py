@@ -6,6 +6,7 @@ import numpy
 import pandas
 from matplotlib.figure import Figure
 
+from oplora.harness.runs import Record
 from oplora.report.comparison import Comparison, usual
 from oplora.report.methods import (
     by_method,
@@ -21,7 +22,6 @@ from oplora.report.methods import (
 )
 from oplora.report.page import Picture, Section, Table
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
-from oplora.runs import Record
 
 COLUMNS = {  # metric → column; all are shown × 100, as the paper does
     "vqa_accuracy": "vqa",

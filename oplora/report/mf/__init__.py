@@ -3,11 +3,11 @@
 import numpy
 import pandas
 
+from oplora.harness.runs import Record
 from oplora.report.mf import figures
 from oplora.report.mf.claims import CLAIMS_CAPTION, claims
 from oplora.report.mf.study import METHODS, OPTIMIZERS, REACHED, Study, studies
 from oplora.report.page import Section, Table
-from oplora.runs import Record
 
 SUMMARY_CAPTION = (
     "Per method: its best rate with final MSE (median [minimum, maximum] over the seeds that did "

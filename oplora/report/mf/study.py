@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy
 
-from oplora.runs import Record
+from oplora.harness.runs import Record
 
 OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam"}
 METHODS = {

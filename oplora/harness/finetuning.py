@@ -1,0 +1,171 @@
+"""What the fine-tuning experiments share: their frame, training with resume, and the dry run."""
+
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
+from torch import nn
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from oplora.harness.entry import experiment
+from oplora.harness.methods import OptimizerFactory, add_adapter
+from oplora.harness.runs import Run, open_run, peak_memory_bytes
+from oplora.optimizer import check_optimizer
+from oplora.peft import parameter_report
+from oplora.trainer import OPTrainer
+
+CHECKPOINTS = "checkpoints"  # the folder of a run that has them
+
+
+def fine_tuning(
+    name: str, auto_class: type, prepare: Callable[[DictConfig], None] | None = None
+) -> Callable:
+    """Decorate a main(cfg, run) whose config is configs/<name>.yaml: it is called for open runs.
+
+    Finished runs are skipped, `dry_run=true` prints `describe(cfg, auto_class)` instead.
+    prepare: completes the config, before either.
+    """
+
+    def decorate(main: Callable[[DictConfig, Run], None]) -> Callable[[], None]:
+        @experiment(name)
+        @functools.wraps(main)
+        def job(cfg: DictConfig) -> None:
+            if why := cfg.method.get("library_only"):
+                raise ValueError(f"method={cfg.method.name} {why}")
+            if prepare is not None:
+                prepare(cfg)
+            if cfg.dry_run:
+                print(describe(cfg, auto_class))
+                return
+            torch.set_num_threads(cfg.runtime.threads)
+            with open_run(OmegaConf.to_container(cfg, resolve=True)) as run:
+                if run.finished:
+                    print(f"{run.path} is finished already")
+                    return
+                set_seed(cfg.seed)
+                main(cfg, run)
+
+        return job
+
+    return decorate
+
+
+def train(
+    model: nn.Module,
+    create_optimizer: OptimizerFactory,
+    training: DictConfig,
+    run: Run,
+    **trainer_options: Any,
+) -> dict[str, Any]:
+    """Train with HF Trainer, from the last whole checkpoint of this run if there is one.
+
+    training: the config of TrainingArguments, without output_dir. Returns the run's figures; an
+    adapter is saved in the run's folder as stock PEFT would. Checkpoints stay until `finish`.
+    A run that diverges is a result: it is finished as such, then FloatingPointError is raised.
+    """
+    folder = run.path / CHECKPOINTS
+    arguments: TrainingArguments = instantiate(training, output_dir=str(folder), _convert_="all")
+    trainer = OPTrainer(model, arguments, optimizer_factory=create_optimizer, **trainer_options)
+    start, checkpoint = time.perf_counter(), whole_checkpoint(folder)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        _check_finite(trainer.state.log_history)
+    except FloatingPointError as error:
+        finish(run, {"diverged": str(error), "steps": trainer.state.global_step})
+        raise
+    seconds = time.perf_counter() - start
+    trainer.optimizer.eval()  # schedule-free optimizers train other weights than they mean
+    optimizer = trainer.optimizer.optimizer  # inside accelerate's
+    if isinstance(model, PeftModel):
+        model.save_pretrained(run.path / "adapter")
+    history = trainer.state.log_history
+    directly = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter = parameter_report(model)["adapter_parameters"]
+    mlp = getattr(optimizer, "mlp_parameters", 0)
+    return {
+        "train_seconds": round(seconds, 1),
+        "steps": trainer.state.global_step,
+        "train_loss": [[e["step"], e["loss"]] for e in history if "loss" in e],
+        "validation_loss": [[e["step"], e["eval_loss"]] for e in history if "eval_loss" in e],
+        "adapter_parameters": adapter,
+        "mlp_parameters": mlp,
+        "trained_parameters": mlp + directly - adapter if mlp else directly,
+        "peak_memory_bytes": peak_memory_bytes(),
+        **({"resumed": Path(checkpoint).name} if checkpoint else {}),  # seconds: since then
+    }
+
+
+def _check_finite(history: list[dict]) -> None:
+    for entry in history:
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(entry.get(name, 0)):
+                raise FloatingPointError(
+                    f"{name} is {entry[name]} at step {entry['step']}: lower the learning rate"
+                )
+
+
+def finish(run: Run, metrics: dict[str, Any]) -> None:
+    """Write the metrics, then remove the checkpoints: until then the run can be resumed."""
+    run.finish(metrics)
+    shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
+
+
+def whole_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end; a torn one is deleted."""
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+        if Path(last, "trainer_state.json").exists():  # Trainer writes it last
+            return last
+        shutil.rmtree(last)
+    return None
+
+
+def describe(cfg: DictConfig, auto_class: type) -> str:
+    """The dry run: what would be trained, on what and how large; no weights or data are loaded.
+
+    Reads from the config `sources` (what is loaded from where, with revisions), `architecture`
+    (a transformers config, for `auto_class.from_config`), `train_rows` and `training`.
+    """
+    with torch.device("meta"):
+        model = auto_class.from_config(instantiate(cfg.architecture, _convert_="all"))
+    base = sum(p.numel() for p in model.parameters())
+    adapter = instantiate(cfg.method.adapter, _convert_="all")
+    create = cfg.method.create_optimizer
+    options = {key: create[key] for key in ("mlp_width", "z_dim", "shared_trunk") if key in create}
+    if not create.get("matched_steps", True):  # a control that trains no MLP
+        options = {}
+    options["lite"] = "lite" in OmegaConf.select(create, "create.path", default="")
+    if "optimizer" in create:
+        options["optimizer_cls"] = get_class(create.optimizer._target_)
+    if options.get("mlp_width"):
+        check_optimizer(options["optimizer_cls"])
+    if adapter is not None:
+        if hasattr(adapter, "init_lora_weights"):
+            adapter.init_lora_weights = True  # others look at weights; the counts are the same
+        with torch.device("meta"):
+            model = add_adapter(model, adapter)
+    report = parameter_report(model, weight_decay=cfg.weight_decay, **options)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    steps = cfg.training.get("max_steps", -1)
+    batch = cfg.training.per_device_train_batch_size * cfg.training.gradient_accumulation_steps
+    if steps < 0:
+        steps = -(-cfg.train_rows // batch) * cfg.training.num_train_epochs
+    gigabytes = (base * cfg.weight_bytes + 4 * trained + report["optimizer_state_bytes"]) / 1e9
+    lines = [
+        *(f"{name}: {source}" for name, source in cfg.sources.items()),
+        f"method: {cfg.method.name}, rank {cfg.rank}, learning rate {cfg.lr:g}, seed {cfg.seed}",
+        f"base parameters: {base:,}",
+        f"adapter parameters: {report['adapter_parameters']:,}",
+        f"MLP parameters: {report['mlp_parameters']:,}",
+        f"optimizer steps: {steps:,} of {batch} rows on one device ({cfg.train_rows:,} rows)",
+        f"memory: about {gigabytes:.1f} GB for weights, gradients and optimizer, plus activations",
+    ]
+    return "\n".join(lines)
