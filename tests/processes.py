@@ -1,12 +1,46 @@
-"""Experiments as processes of their own: killed in the middle, and what they left behind."""
+"""Experiments as users start them: in this process, or in one that is killed in the middle."""
 
+import contextlib
+import io
 import json
+import os
+import runpy
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from unittest import mock
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_here(command: list[str], env: dict | None = None) -> subprocess.CompletedProcess:
+    """`subprocess.run` of [python, script, …] without the eight seconds that its imports take.
+
+    For what needs no process of its own; several of these may follow one another in one process.
+    """
+    out, err, code, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
+    with (
+        mock.patch.object(sys, "argv", [str(part) for part in command[1:]]),
+        mock.patch.dict(os.environ, env or {}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        folder = Path.cwd()
+        os.chdir(ROOT)
+        try:
+            runpy.run_path(command[1], run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            os.chdir(folder)
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision("highest")
+            torch.set_flush_denormal(False)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def kill_once(command: list[str], folder: Path, trace: str, env: dict | None = None) -> None:

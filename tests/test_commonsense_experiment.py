@@ -1,13 +1,11 @@
 """The commonsense experiment end to end: the paper's path with a tiny model of its class."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from processes import kill_once, only_run
+from processes import kill_once, only_run, run_here
 from tiny_language_model import tiny_llama, tiny_tokenizer
 
 from oplora.studies.commonsense.packaged_items import TASKS
@@ -61,11 +59,7 @@ def command(setting, runs, *overrides):
 
 
 def run(setting, runs, *overrides):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command(setting, runs, *overrides),
-        cwd=ROOT, capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+    return run_here(command(setting, runs, *overrides))
 
 
 @pytest.mark.parametrize("method", ["oplora", "opdora", "lora", "lora_matched_mlp_start", "full"])
@@ -107,7 +101,7 @@ def test_loglikelihood_switch_and_seeds(setting, tmp_path):
     score = "evaluate._target_=oplora.studies.commonsense.metrics.evaluate_loglikelihood"
     drop = ["~evaluate.num_beams", "~evaluate.max_new_tokens", "~evaluate.batch_size"]
     arguments = [a for a in command(setting, tmp_path, score) if "evaluate." not in a]
-    done = subprocess.run([*arguments, score, *drop], cwd=ROOT, capture_output=True, text=True)
+    done = run_here([*arguments, score, *drop])
     assert done.returncode == 0, done.stderr[-3000:]
     _, metrics = only_run(tmp_path)
     assert metrics["held_out_nll"] > 0
@@ -140,10 +134,8 @@ def test_a_method_that_reads_data_first_is_refused_at_once(setting, tmp_path):
     ],
 )
 def test_a_dry_run_refuses_what_a_run_would(tmp_path, wrong, words):
-    done = subprocess.run(
-        [sys.executable, "experiments/commonsense.py", "preset=small", "dry_run=true", wrong],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    script = [sys.executable, "experiments/commonsense.py"]
+    done = run_here([*script, "preset=small", "dry_run=true", wrong])
     assert done.returncode == 2 and words in done.stderr
 
 
@@ -157,12 +149,9 @@ def test_missing_data_is_one_line(setting, tmp_path):
 @pytest.mark.parametrize("preset", ["paper", "small"])
 @pytest.mark.parametrize("method", ["oplora", "pissa", "full"])
 def test_dry_run_loads_nothing(tmp_path, preset, method):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OPLORA_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "experiments/commonsense.py", "dry_run=true", f"preset={preset}",
-         f"method={method}", f"runtime.runs_dir={tmp_path / 'runs'}"],
-        cwd=ROOT, capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+    command = [sys.executable, "experiments/commonsense.py", "dry_run=true", f"preset={preset}"]
+    command += [f"method={method}", f"runtime.runs_dir={tmp_path / 'runs'}"]
+    done = run_here(command, {"OPLORA_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     for words in ("model:", "data:", "optimizer steps:", "MLP parameters:", "memory: about"):
         assert words in done.stdout

@@ -2,13 +2,11 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from processes import kill_once, only_run
+from processes import kill_once, only_run, run_here
 from tiny_llava import CLASSES, photo, save_llava, write_cars
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,15 +37,7 @@ def command(setting, runs, *overrides):
 
 
 def run(setting, runs, *overrides):
-    return subprocess.run(
-        command(setting, runs, *overrides),
-        cwd=ROOT, capture_output=True, text=True, env=environment(setting),
-    )  # fmt: skip
-
-
-def environment(setting):
-    own = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(setting / "datasets")}
-    return {**os.environ, **own}
+    return run_here(command(setting, runs, *overrides))
 
 
 def result(path, metrics):
@@ -90,7 +80,7 @@ def test_killed_and_resumed_equals_undisturbed(setting, calm, tmp_path, method):
         done = run(setting, calm, *chosen)
         assert done.returncode == 0, done.stderr[-3000:]
     cut = tmp_path / "cut"
-    kill_once(command(setting, cut, *chosen), cut, "trainer_state.json", environment(setting))
+    kill_once(command(setting, cut, *chosen), cut, "trainer_state.json")
     (weights,) = cut.rglob("checkpoints/*/*model.safetensors")
     assert weights.stat().st_size < 10_000  # never of the language model
     done = run(setting, cut, *chosen)
@@ -134,12 +124,9 @@ def test_a_truncated_photo_is_one_line_before_training(setting, tmp_path):
     ],
 )
 def test_dry_run_loads_nothing(tmp_path, overrides, lines):
-    done = subprocess.run(
-        [sys.executable, "experiments/llava_cars.py", "dry_run=true", *overrides,
-         f"runtime.runs_dir={tmp_path / 'runs'}"],
-        cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OPLORA_CACHE": str(tmp_path / "cache")},
-    )  # fmt: skip
+    command = [sys.executable, "experiments/llava_cars.py", "dry_run=true", *overrides]
+    command += [f"runtime.runs_dir={tmp_path / 'runs'}"]
+    done = run_here(command, {"OPLORA_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     for words in ("llava-hf/llava-1.5-7b-hf @", "tanganke/stanford_cars", *lines):
         assert words in done.stdout

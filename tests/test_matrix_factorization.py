@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from processes import kill_once
+from processes import kill_once, run_here
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -17,12 +17,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def start(*overrides, **options):
-    command = [sys.executable, "experiments/matrix_factorization.py", *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=environment, **options
-    )
+def start(*overrides):
+    return run_here([sys.executable, "experiments/matrix_factorization.py", *overrides])
 
 
 def only_run(folder):
@@ -114,6 +110,9 @@ def test_help_names_the_choices():
 
 
 def test_a_failed_member_does_not_end_a_sweep(tmp_path):
-    done = start("--multirun", *SMALL, "problem.rank=99,2,3", f"runtime.runs_dir={tmp_path}")
+    command = [sys.executable, "experiments/matrix_factorization.py", "--multirun", *SMALL]
+    command += ["problem.rank=99,2,3", f"runtime.runs_dir={tmp_path}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "rank=99" in done.stderr
     assert len(list(tmp_path.rglob("metrics.json"))) == 2

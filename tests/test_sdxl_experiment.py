@@ -1,7 +1,6 @@
 """The SDXL experiment end to end: the paper's path with tiny components of the very classes."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from processes import kill_once, only_run
+from processes import kill_once, only_run, run_here
 from safetensors.torch import load_file
 from tiny_diffusion import naruto_folder, tiny_clip, tiny_pipeline, wikiart_folder
 
@@ -42,15 +41,11 @@ def command(setting, runs, *overrides, dataset="naruto"):
 
 
 def environment(setting):
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(setting / "hf")}
-    return {**os.environ, **offline, "OPLORA_CACHE": str(setting / "cache")}
+    return {**os.environ, "OPLORA_CACHE": str(setting / "cache")}
 
 
 def run(setting, runs, *overrides, dataset="naruto"):
-    done = subprocess.run(
-        command(setting, runs, *overrides, dataset=dataset),
-        cwd=ROOT, capture_output=True, text=True, env=environment(setting),
-    )  # fmt: skip
+    done = run_here(command(setting, runs, *overrides, dataset=dataset), environment(setting))
     assert done.returncode == 0, done.stderr[-3000:]
     return only_run(runs)
 
@@ -129,10 +124,7 @@ def test_a_sweep_member_measures_the_held_out_loss_only(setting, tmp_path):
 
 def test_wrong_input_is_one_line(setting, tmp_path):
     wrong = ["images.measured=0"]
-    done = subprocess.run(
-        command(setting, tmp_path / "runs", *wrong),
-        cwd=ROOT, capture_output=True, text=True, env=environment(setting),
-    )  # fmt: skip
+    done = run_here(command(setting, tmp_path / "runs", *wrong), environment(setting))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and errors == ["error: 0 images wanted: at least 1"]
 
@@ -146,10 +138,9 @@ def test_a_rate_is_chosen_on_held_out_images(setting, tmp_path, dataset):
 
 
 def test_dry_run_of_the_paper_loads_nothing(tmp_path):
-    offline = {"HF_HUB_OFFLINE": "1", "OPLORA_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
+    done = run_here(
         [sys.executable, "experiments/sdxl.py", "dry_run=true", "dataset=wikiart"],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, **offline},
+        {"OPLORA_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "adapter parameters: 5,806,080" in done.stdout

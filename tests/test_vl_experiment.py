@@ -1,12 +1,10 @@
 """The VL-BART experiment end to end: the paper's path with a tiny BART and upstream's files."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from processes import kill_once, only_run
+from processes import kill_once, only_run, run_here
 from tiny_vl import CELLS, SIZE, tiny_bart, tiny_tokenizer, write_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +39,8 @@ def command(setting, runs, *overrides):
 
 def run(setting, runs, *overrides):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
+    return run_here(
         command(setting, runs, *overrides),
-        cwd=ROOT, capture_output=True, text=True, env=environment,
     )  # fmt: skip
 
 
@@ -114,12 +111,9 @@ def test_missing_feature_is_one_line_before_training(setting, tmp_path):
     ],
 )
 def test_dry_run_loads_nothing(tmp_path, preset, method, line):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OPLORA_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "experiments/vl_bart.py", "dry_run=true", f"preset={preset}",
-         f"method={method}", f"runtime.runs_dir={tmp_path / 'runs'}"],
-        cwd=ROOT, capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+    command = [sys.executable, "experiments/vl_bart.py", "dry_run=true", f"preset={preset}"]
+    command += [f"method={method}", f"runtime.runs_dir={tmp_path / 'runs'}"]
+    done = run_here(command, {"OPLORA_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     for words in ("model:", "data:", "optimizer steps:", "one task per batch", line):
         assert words in done.stdout
