@@ -38,10 +38,7 @@ def command(setting, runs, *overrides):
 
 
 def run(setting, runs, *overrides):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return run_here(
-        command(setting, runs, *overrides),
-    )  # fmt: skip
+    return run_here(command(setting, runs, *overrides))
 
 
 def result(path, metrics):
