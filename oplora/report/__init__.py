@@ -11,7 +11,6 @@ import yaml
 import oplora.studies
 from oplora.report import across, benchmarks, claims, provenance
 from oplora.report.comparison import Comparison
-from oplora.report.experiment import Results
 from oplora.report.page import Part, Row, Section, Table, write_report
 from oplora.runs import Record, load_runs
 
@@ -43,7 +42,8 @@ class Report:
     problems: list[str]  # of runs that are left out
 
     @cached_property
-    def results(self) -> list[Results]:
+    def results(self) -> list:
+        """Of every experiment: its comparisons, section, claims, standings and sweeps."""
         return [experiment.read(self.records) for experiment in experiments()]
 
     @cached_property

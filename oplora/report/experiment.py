@@ -1,34 +1,22 @@
 """What an experiment tells the report of itself, and what the report makes of its runs.
 
 A room of oplora.studies takes part through a module `report` with an object EXPERIMENT: an
-`Experiment`, or anything else with its `name`, `order`, `readme`, `stand_ins` and `read`.
+`Experiment`, or anything else with its `name`, `order`, `readme`, `stand_ins` and `read`, which
+gives what `FineTuning` has: comparisons, section, claims, standings and sweeps.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
-from oplora.report import across
-from oplora.report.across import Losses, Standing
+from oplora.report import across, tables
 from oplora.report.claims import Claim, Thesis, of_experiment
 from oplora.report.comparison import Comparison, one_per_scale, usual
-from oplora.report.page import Part, Section
-from oplora.report.tables import cited_scores, cited_table
+from oplora.report.figures import Curves, over_training, rate_parts
+from oplora.report.page import Part, Row, Section
+from oplora.report.tables import Column, Groups, Items
+from oplora.report.titles import by_method
 from oplora.runs import Record
-
-
-class Results(Protocol):
-    """An experiment's part of the report."""
-
-    comparisons: Sequence[Comparison]  # of fine-tuning methods
-
-    def section(self) -> Section | None:
-        """None where nothing was run."""
-
-    def claims(self) -> list[Claim]: ...
-    def standings(self) -> list[Standing]: ...
-    def sweeps(self) -> list[Losses]: ...
 
 
 @dataclass(frozen=True)
@@ -56,15 +44,25 @@ class Experiment:
     title: str  # of its section
     paper: str  # the file in results/paper with the paper's own numbers
     loss: Callable[[Record], float | None]  # chooses the learning rates
+    loss_title: str = "validation loss"
+    loss_caption: str = "Validation loss after training, by learning rate"
+    loss_margin: tuple[float, float] | None = None  # of the figure around the best
     scores: tuple[Score, ...] = ()  # the first is the one that stands for the others
-    parts: Callable[[Comparison, list[Record]], list[Part]] | None = None  # and runs of the base
+    about: str = ""  # how rates are chosen and the test set is scored
+    columns: Callable[[Groups], Sequence[Column]] = lambda final: ()  # of the table of results
+    units: str = ""  # of the columns
+    names_rank: bool = False  # in captions
+    items: Items | None = None
+    curves: Curves | None = None
+    untrained: Callable[[Groups, list[Record]], list[Row]] = lambda final, base: []
+    more: Callable[[Comparison, Groups], list[Part]] = lambda c, final: []
     theses: tuple[Thesis, ...] = ()
     readme: tuple[str, ...] = ()  # the tables that the README shows
     intro: tuple[str, ...] = ()  # paragraphs of the section
     variant: Callable[[Record], str] = lambda record: ""  # what else may not share a table
     variant_title: str = "{}"  # told where there are several
     compare: Callable[[list[Record]], list[Comparison]] | None = None  # default: by preset, variant
-    body: Callable[["FineTuning"], list[Part]] | None = None  # default: `parts` one by one
+    body: Callable[["FineTuning"], list[Part]] | None = None  # default: `parts` of each comparison
     stand_ins: tuple[str, ...] = ()
 
     def read(self, records: list[Record]) -> "FineTuning":
@@ -93,7 +91,7 @@ class Experiment:
                     unit=score.unit,
                     digits=score.digits,
                     higher=score.higher,
-                    cited=cited_scores(self.paper, column) if column else {},
+                    cited=tables.cited_scores(self.paper, column) if column else {},
                     variant=self.variant_title.format(variant) if several else "",
                 )
                 found.append(comparison)
@@ -101,6 +99,31 @@ class Experiment:
 
     def _scale(self, record: Record) -> tuple[str, str]:
         return record.config["preset"], self.variant(record)
+
+    def parts(self, c: Comparison, base: list[Record]) -> list[Part]:
+        """The sweep, the results, the differences by item, the curves, and what is its own."""
+        name, scope = c.name, f"{c.scope}, rank {c.rank}" if self.names_rank else str(c.scope)
+        final = by_method(r for rs in c.at_best.values() for r in rs if c.score(r) is not None)
+        found: list[Part] = [f"{c.scope}. {self.about}"]
+        if c.sweep:
+            caption = f"{self.loss_caption}; {scope}."
+            found += rate_parts(c, caption, self.loss_title, self.loss_margin)
+        if final:
+            caption = f"{scope}: test set, mean ± 95% interval (seeds). {self.units}"
+            first = self.untrained(final, base)
+            found.append(tables.results_table(name, caption, final, self.columns(final), first))
+        if final and self.items:
+            things = self.items.columns[1]
+            caption = (
+                f"{scope}: difference to LoRA{self.items.unit} on the same test {things} (mean "
+                f"over shared seeds) [95% bootstrap interval over {things}]."
+            )
+            found.append(tables.paired_table(f"{name}_paired", caption, final, self.items))
+        drawn = c.at_best if self.curves else {}
+        if any(self.curves.points(r) for runs in drawn.values() for r in runs):
+            caption = f"{self.curves.caption}; {c.scope}."
+            found.append(over_training(f"{name}_curves", caption, drawn, self.curves))
+        return found + self.more(c, final)
 
 
 def is_tuned(record: Record) -> bool:
@@ -110,7 +133,7 @@ def is_tuned(record: Record) -> bool:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Results of a fine-tuning experiment, from its own runs."""
+    """What the report makes of an experiment's own runs."""
 
     experiment: Experiment
     records: list[Record]
@@ -121,29 +144,26 @@ class FineTuning:
         return compare(self.records)
 
     def section(self) -> Section | None:
+        """None where nothing was run."""
         if not self.records:
             return None
         experiment = self.experiment
-        paper = cited_table(f"{experiment.name}_paper", experiment.paper)
+        paper = tables.cited_table(f"{experiment.name}_paper", experiment.paper)
         parts = experiment.body(self) if experiment.body else self._parts()
         return Section(experiment.title, [*experiment.intro, paper, *parts])
 
     def _parts(self) -> list[Part]:
-        return [
-            part
-            for c in one_per_scale(self.comparisons)
-            for part in self.experiment.parts(c, self.base(c.preset))
-        ]
-
-    def base(self, preset: str) -> list[Record]:
-        """Runs that measured the base model."""
-        return [r for r in self.records if not is_tuned(r) and r.config["preset"] == preset]
+        found: list[Part] = []
+        for c in one_per_scale(self.comparisons):
+            base = [r for r in self.records if not is_tuned(r) and r.config["preset"] == c.preset]
+            found += self.experiment.parts(c, base)
+        return found
 
     def claims(self) -> list[Claim]:
         return of_experiment(self.experiment.theses, self.experiment.name, self.comparisons)
 
-    def standings(self) -> list[Standing]:
+    def standings(self) -> list[across.Standing]:
         return [found for c in self.comparisons if (found := across.standing(c))]
 
-    def sweeps(self) -> list[Losses]:
+    def sweeps(self) -> list[across.Losses]:
         return [losses for c in one_per_scale(self.comparisons) for losses in across.losses(c)]

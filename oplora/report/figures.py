@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +13,21 @@ from oplora.report.statistics import at_shared_steps, mean_interval
 from oplora.report.tables import Groups, rate_table
 from oplora.report.titles import by_method, method, title
 from oplora.runs import Record
+
+
+def loss_curve(record: Record) -> list[list[float]]:
+    """(step, validation loss)"""
+    return record.metrics.get("validation_loss") or []
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn over training."""
+
+    caption: str
+    points: Callable[[Record], list] = loss_curve
+    ylabel: str = "validation loss"
+    xlabel: str = "step"
 
 
 def rate_parts(
@@ -41,27 +57,16 @@ def over_rates(
     return _finished(name, caption, figure, "learning rate", ylabel)
 
 
-def over_training(
-    name: str,
-    caption: str,
-    groups: Groups,
-    points: Callable[[Record], list[tuple[float, float]]],
-    ylabel: str,
-    xlabel: str = "step",
-) -> ReportFigure:
-    """Mean and range over seeds of `points(run)`, a list of (x, y), for every method."""
+def over_training(name: str, caption: str, groups: Groups, curves: Curves) -> ReportFigure:
+    """Mean and range over seeds for every method."""
     figure, axis = _axis()
     for name_, records in groups.items():
-        lines = [line for r in records if (line := points(r))]
+        lines = [line for r in records if (line := curves.points(r))]
         if lines:
             xs, values = at_shared_steps(lines)
             (drawn,) = axis.plot(xs, values.mean(0), _line(name_), label=title(name_))
             _shade(axis, xs, values.min(0), values.max(0), drawn.get_color())
-    return _finished(name, caption, figure, xlabel, ylabel)
-
-
-def loss_curves(name: str, caption: str, groups: Groups, ylabel: str) -> ReportFigure:
-    return over_training(name, caption, groups, lambda r: r.metrics["validation_loss"], ylabel)
+    return _finished(name, caption, figure, curves.xlabel, curves.ylabel)
 
 
 def over_widths(

@@ -31,6 +31,16 @@ class Column:
     detail: bool = False  # left out in the README
 
 
+@dataclass(frozen=True)
+class Items:
+    """How methods are compared item by item of the test set."""
+
+    scores: Callable[[Record], pandas.DataFrame]  # of a run, with the item as index
+    differences: Callable[[pandas.DataFrame], dict[str, str | None]]  # to the table's cells
+    columns: tuple[str, ...]  # of the table; the second counts the items, and is their name
+    unit: str = ""
+
+
 def cells(columns: Iterable[Column], runs: Iterable[Record]) -> dict[str, str | None]:
     return {c.title: shown([r.metrics[c.metric] for r in runs], c.digits, c.scale) for c in columns}
 
@@ -117,41 +127,25 @@ def rate_table(name: str, caption: str, sweep: Sweep, records: Sequence[Record])
 
 def paired_items(
     runs: Iterable[Record], base: Iterable[Record], scores: Callable[[Record], pandas.DataFrame]
-) -> pandas.DataFrame | None:
-    """Scores minus the base's by test item, mean over the shared seeds; None without any.
-
-    scores: one row per item of a run, with the item as index.
-    """
+) -> pandas.DataFrame:
+    """Scores minus the base's by test item, mean over the shared seeds; empty without any."""
     theirs = {r.config["seed"]: scores(r) for r in base}
     each = [scores(r) - theirs[r.config["seed"]] for r in runs if r.config["seed"] in theirs]
-    if not each:
-        return None
-    items = pandas.concat(each)
+    items = pandas.concat(each) if each else pandas.DataFrame()
     return items.groupby(level=list(range(items.index.nlevels))).mean().dropna(how="all")
 
 
-def paired_table(
-    name: str,
-    caption: str,
-    groups: Groups,
-    scores: Callable[[Record], pandas.DataFrame],
-    differences: Callable[[pandas.DataFrame], dict[str, str | None]],
-    columns: Sequence[str],
-    base: str = "lora",
-) -> Table:
-    """Every method's difference to another on the same test items.
-
-    differences: from the items' differences to cells. columns: the second counts the items.
-    """
-    rows, theirs = [], groups.get(base, [])
+def paired_table(name: str, caption: str, groups: Groups, items: Items) -> Table:
+    """Every method's difference to LoRA."""
+    rows, theirs = [], groups.get("lora", [])
     seeds = {r.config["seed"] for r in theirs}
     for method, runs in groups.items():
-        shared = [r for r in runs if r.config["seed"] in seeds]
-        items = paired_items(shared, theirs, scores) if method != base else None
-        if items is not None and len(items):
-            row = {"method": title(method), columns[1]: len(items), "seeds": len(shared)}
-            rows.append(Row(row | differences(items), [*shared, *theirs]))
-    return Table(name, caption, rows, columns)
+        shared = [r for r in runs if r.config["seed"] in seeds and method != "lora"]
+        found = paired_items(shared, theirs, items.scores)
+        if len(found):
+            row = {"method": title(method), items.columns[1]: len(found), "seeds": len(shared)}
+            rows.append(Row(row | items.differences(found), [*shared, *theirs]))
+    return Table(name, caption, rows, items.columns)
 
 
 def signed(

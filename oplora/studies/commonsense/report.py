@@ -9,68 +9,23 @@ from oplora.report import rules
 from oplora.report.claims import Thesis, better, compared
 from oplora.report.comparison import Comparison
 from oplora.report.experiment import Experiment, Score
-from oplora.report.figures import loss_curves, rate_parts
+from oplora.report.figures import Curves
 from oplora.report.page import Part, Statement
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
-from oplora.report.tables import (
-    Column,
-    Groups,
-    paired_items,
-    paired_table,
-    results_table,
-    signed,
-)
-from oplora.report.titles import by_method, method, title
+from oplora.report.tables import Column, Groups, Items, paired_items, signed
+from oplora.report.titles import method, title
 from oplora.runs import Record
 
-NLL = Column("held-out NLL", "held_out_nll", 3, 1)
-AVERAGE = Column("average", "accuracy")
 
-
-def parts(c: Comparison, base: list[Record]) -> list[Part]:
-    name, scope = c.name, c.scope
-    caption = f"Validation NLL after training, nats per token, by learning rate; {scope}."
-    found: list[Part] = [
-        f"{scope}. The learning rate of every method is the one with the lowest validation NLL of "
-        "its grid (of the same length for all); the test set is scored at that rate only.",
-        *rate_parts(c, caption, "validation NLL", margin=(0.05, 0.8)),
-    ]
-    final = by_method(r for runs in c.at_best.values() for r in runs if "accuracy" in r.metrics)
-    if not final:
-        return found
+def columns(final: Groups) -> list[Column]:
+    """The averages, and every task that was scored."""
     metrics = next(iter(final.values()))[0].metrics
-    tasks = [
-        Column(key.removeprefix("accuracy_"), key, detail=True)
-        for key in metrics if key.startswith("accuracy_")
-    ]  # fmt: skip
-    found += [
-        results_table(
-            name,
-            f"{scope}: test set, mean ± 95% interval (seeds). Accuracy in percent; NLL in nats per "
-            "token of the correct answer.",
-            final,
-            [NLL, AVERAGE, *tasks],
-        ),
-        paired_table(
-            f"{name}_paired",
-            f"{scope}: difference to LoRA on the same test items (mean over shared seeds) [95% "
-            "bootstrap interval over items].",
-            final,
-            item_scores,
-            differences,
-            ["method", "items", "NLL", "accuracy"],
-        ),
-        loss_curves(
-            f"{name}_curves",
-            "Held-out loss during training, each method at its best rate (mean and range over "
-            f"seeds); {scope}.",
-            final,
-            "validation loss",
-        ),
+    tasks = [key for key in metrics if key.startswith("accuracy_")]
+    return [
+        Column("held-out NLL", "held_out_nll", 3, 1),
+        Column("average", "accuracy"),
+        *(Column(key.removeprefix("accuracy_"), key, detail=True) for key in tasks),
     ]
-    if {"lora", "oplora"} <= set(final):
-        found.append(Statement(f"{name}_beyond", beyond(final, c.chosen)))
-    return found
 
 
 def item_scores(record: Record) -> pandas.DataFrame:
@@ -102,15 +57,17 @@ def _tokens(items: pandas.DataFrame) -> pandas.Index:
     return items.index.get_level_values("tokens")
 
 
-def beyond(final: Groups, chosen: dict[str, float]) -> str:
+def beyond(c: Comparison, final: Groups) -> list[Part]:
     """What OP-LoRA gives beyond a better learning rate and a larger first A.
 
     Against the best of LoRA and its controls, and against the control that shares its step sizes
     and its first A: there the difference is what the MLP's movement of h does.
     """
+    if not {"lora", "oplora"} <= set(final):
+        return []
     rivals = [m for m in final if m == "lora" or method(m).role == "control"]
     nll = {m: [r.metrics["held_out_nll"] for r in final[m]] for m in ["lora", "oplora", *rivals]}
-    texts = [f"{title(m)} {shown(nll[m], 3)} at rate {chosen[m]:g}" for m in nll]
+    texts = [f"{title(m)} {shown(nll[m], 3)} at rate {c.chosen[m]:g}" for m in nll]
     sentences = [f"Held-out NLL, each at its own best rate: {'; '.join(texts)}."]
     best = min(rivals, key=lambda m: mean_interval(nll[m])[0])
     judged = {best: "The best of LoRA and its controls is"}
@@ -124,7 +81,8 @@ def beyond(final: Groups, chosen: dict[str, float]) -> str:
                 f"{which} {title(rival)}: OP-LoRA is {verdict}, "
                 f"{signed(items['nll'], 3, _tokens(items))} nats per token (paired over items)."
             )
-    return "Beyond step size and start. " + " ".join(sentences)
+    text = "Beyond step size and start. " + " ".join(sentences)
+    return [Statement(f"{c.name}_beyond", text)]
 
 
 EXPERIMENT = Experiment(
@@ -132,14 +90,26 @@ EXPERIMENT = Experiment(
     order=5,
     title="Commonsense reasoning (Table 2)",
     paper="table2.yaml",
+    readme=("commonsense_small_float32",),
     loss=lambda r: r.metrics.get("validation_nll"),
+    loss_title="validation NLL",
+    loss_caption="Validation NLL after training, nats per token, by learning rate",
+    loss_margin=(0.05, 0.8),
     scores=(
         Score("accuracy", "points of accuracy", cited="average"),
         Score("held_out_nll", "held-out nats per token", digits=3, scale=1, higher=False),
     ),
+    about="The learning rate of every method is the one with the lowest validation NLL of its grid "
+    "(of the same length for all); the test set is scored at that rate only.",
     variant=lambda r: r.config["model"]["dtype"],  # of the base weights
     variant_title="{} weights",
-    parts=parts,
+    columns=columns,
+    units="Accuracy in percent; NLL in nats per token of the correct answer.",
+    items=Items(item_scores, differences, ("method", "items", "NLL", "accuracy")),
+    curves=Curves(
+        "Held-out loss during training, each method at its best rate (mean and range over seeds)"
+    ),
+    more=beyond,
     theses=(
         better("OP-LoRA is better than LoRA", "5.4, Table 2", "oplora", "lora"),
         better("OP-DoRA is better than DoRA", "5.4, Table 2", "opdora", "dora"),
@@ -148,5 +118,4 @@ EXPERIMENT = Experiment(
         Thesis("Width 1 is too little, else the trend is flat", "5.5, Figure 6",
                partial(rules.flat_beyond_one, method="opdora"), ("opdora",), order=1),
     ),
-    readme=("commonsense_small_float32",),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from oplora.report import titles
 from oplora.report.claims import better
 from oplora.report.comparison import Comparison, final_loss, trained, usual
 from oplora.report.experiment import Experiment, FineTuning, is_tuned
-from oplora.report.figures import loss_curves, over_training, rate_parts
+from oplora.report.figures import Curves, over_training, rate_parts
 from oplora.report.page import Part, ReportFigure, Row, Table
 from oplora.report.statistics import mean_interval, shown
 from oplora.report.tables import COSTS, Groups, cited_scores, cost_cells, head, shipped
@@ -108,18 +108,14 @@ def dataset_parts(scope: str, measured: list[Record], c: Comparison | None) -> l
         caption = f"{scope}: can this base model measure style at all? Fixed before the comparison."
         parts.append(Table(f"{name}_gate", caption, gate(base[0], groups)))
     if groups:
+        losses = Curves(f"{LOSS.capitalize()} during training; {scope}.", ylabel=LOSS)
+        distances = Curves(
+            f"Distance to the style during training; {scope}.", distance_by_step, c.unit
+        )
         parts += [
             grid(f"{name}_grid", scope, base, groups),
-            loss_curves(
-                f"{name}_curves", f"{LOSS.capitalize()} during training; {scope}.", groups, LOSS
-            ),
-            over_training(
-                f"{name}_steps",
-                f"Distance to the style during training; {scope}.",
-                groups,
-                distance_by_step,
-                c.unit,
-            ),
+            over_training(f"{name}_curves", losses.caption, groups, losses),
+            over_training(f"{name}_steps", distances.caption, groups, distances),
         ]
     if c and len({r.config["rank"] for r in trained(c.every)}) > 1:
         caption = f"{scope}: OP-LoRA at half of LoRA's rank."

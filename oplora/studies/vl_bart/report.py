@@ -7,12 +7,11 @@ import pandas
 
 from oplora.report import rules
 from oplora.report.claims import Thesis, better, compared
-from oplora.report.comparison import Comparison, final_loss, trained
+from oplora.report.comparison import Comparison, final_loss
 from oplora.report.experiment import Experiment, Score
-from oplora.report.figures import over_training, over_widths, rate_parts
+from oplora.report.figures import Curves, over_widths
 from oplora.report.page import Part
-from oplora.report.tables import Column, grouped_table, paired_table, results_table, signed
-from oplora.report.titles import by_method
+from oplora.report.tables import Column, Groups, Items, grouped_table, signed
 from oplora.runs import Record
 
 # CIDEr has another unit, which would rule the average of four.
@@ -26,78 +25,6 @@ COLUMNS = (  # all are shown × 100, as the paper does
     Column("average without captions", ACCURACY.metric),
 )
 TASKS = ("vqa", "gqa", "nlvr")  # with a score per item
-
-
-def parts(c: Comparison, base: list[Record]) -> list[Part]:
-    name, scope = c.name, c.scope
-    final = by_method(r for runs in c.at_best.values() for r in runs if "average" in r.metrics)
-    found: list[Part] = [
-        f"{scope}. The learning rate of every method is the one with the "
-        "lowest validation loss (mean over all four tasks' items); the test set is "
-        "scored at that rate only.",
-        *rate_parts(
-            c, f"Validation loss after training, by learning rate; {scope}.", "validation loss"
-        ),
-    ]
-    if final:
-        found += [
-            results_table(
-                name,
-                f"{scope}: test set, mean ± 95% interval (seeds). Accuracies in percent, CIDEr × "
-                "100.",
-                final,
-                COLUMNS,
-            ),
-            paired_table(
-                f"{name}_paired",
-                f"{scope}: difference to LoRA in points on the same test items (mean over shared "
-                "seeds) [95% bootstrap interval over items].",
-                final,
-                item_scores,
-                differences,
-                ["method", "items", "seeds", *TASKS, "all three"],
-            ),
-        ]
-    if any(r.metrics["epochs"] for r in trained(c.records)):
-        found.append(
-            over_training(
-                f"{name}_curves",
-                "Validation accuracy (mean of VQA, GQA, NLVR) by epoch, each method at its chosen "
-                f"rate (mean and range over seeds; epoch 0 is the base model); {scope}.",
-                c.at_best,
-                accuracy_by_epoch,
-                "accuracy, %",
-                "epoch",
-            )
-        )
-    widths = [r for r in c.at_chosen_rate(c.every) if has_mlp(r) and "average" in r.metrics]
-    if len({r.config["mlp_width"] for r in widths}) > 2:
-        found += width_parts(c, widths, {m: final.get(m, []) for m in ("lora", "dora")})
-    return found
-
-
-def width_parts(c: Comparison, records: list[Record], plain: dict[str, list[Record]]) -> list[Part]:
-    """Figure 6, and its table; `plain`: adapters without an MLP."""
-    return [
-        over_widths(
-            f"{c.name}_width",
-            "Test accuracy (mean of VQA, GQA, NLVR) by the MLP's width, mean and range over seeds; "
-            f"{c.scope} (compare Figure 6).",
-            records,
-            ACCURACY,
-            "test accuracy, %",
-            plain,
-        ),
-        grouped_table(
-            f"{c.name}_width",
-            f"{c.scope}: the MLP's width, at the rate chosen for the usual one; test set, mean ± "
-            "95% interval (seeds).",
-            records,
-            "mlp_width",
-            COLUMNS,
-            costs=("trained parameters",),
-        ),
-    ]
 
 
 def accuracy_by_epoch(record: Record) -> list[tuple[int, float]]:
@@ -117,8 +44,25 @@ def differences(items: pandas.DataFrame) -> dict[str, str]:
     return {task: signed(found, 1) for task, found in by_task.items()}
 
 
-def has_mlp(record: Record) -> bool:
-    return record.metrics["mlp_parameters"] > 0
+def widths(c: Comparison, final: Groups) -> list[Part]:
+    """Figure 6 with its table, where there are three widths; adapters without an MLP as lines."""
+    scored = [r for r in c.at_chosen_rate(c.every) if c.score(r) is not None]
+    records = [r for r in scored if r.metrics["mlp_parameters"]]
+    if len({r.config["mlp_width"] for r in records}) < 3:
+        return []
+    name, plain = f"{c.name}_width", {m: final.get(m, []) for m in ("lora", "dora")}
+    drawn = (
+        "Test accuracy (mean of VQA, GQA, NLVR) by the MLP's width, mean and range over seeds; "
+        f"{c.scope} (compare Figure 6)."
+    )
+    listed = (
+        f"{c.scope}: the MLP's width, at the rate chosen for the usual one; test set, mean ± 95% "
+        "interval (seeds)."
+    )
+    return [
+        over_widths(name, drawn, records, ACCURACY, "test accuracy, %", plain),
+        grouped_table(name, listed, records, "mlp_width", COLUMNS, costs=("trained parameters",)),
+    ]
 
 
 EXPERIMENT = Experiment(
@@ -126,9 +70,27 @@ EXPERIMENT = Experiment(
     order=3,
     title="Vision and language, four tasks at once (Table 3)",
     paper="table3.yaml",
+    readme=("vl_bart_small",),
     loss=final_loss,
     scores=(ACCURACY,),
-    parts=parts,
+    about="The learning rate of every method is the one with the lowest validation loss (mean over "
+    "all four tasks' items); the test set is scored at that rate only.",
+    columns=lambda final: COLUMNS,
+    units="Accuracies in percent, CIDEr × 100.",
+    items=Items(
+        item_scores,
+        differences,
+        ("method", "items", "seeds", *TASKS, "all three"),
+        unit=" in points",
+    ),
+    curves=Curves(
+        "Validation accuracy (mean of VQA, GQA, NLVR) by epoch, each method at its chosen rate "
+        "(mean and range over seeds; epoch 0 is the base model)",
+        accuracy_by_epoch,
+        "accuracy, %",
+        "epoch",
+    ),
+    more=widths,
     theses=(
         better("OP-LoRA is better than LoRA", "5.2, Table 3", "oplora", "lora"),
         better("OP-DoRA is better than DoRA", "5.2, Table 3", "opdora", "dora"),
@@ -137,5 +99,4 @@ EXPERIMENT = Experiment(
         Thesis("Performance is an inverted U over the MLP's width", "5.5, Figure 6",
                partial(rules.inverted_u, method="opdora"), ("opdora",), order=1),
     ),
-    readme=("vl_bart_small",),
 )  # fmt: skip

@@ -3,8 +3,8 @@
 A claim holds on the whole grid of rates, in a range of neighbouring rates, which is named, or not.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy
 
@@ -15,13 +15,11 @@ from oplora.studies.matrix_factorization.report.study import (
     OPTIMIZERS,
     Studies,
     Study,
-    first_optimizer,
     longest_window,
     span,
 )
 
 SCOPE = Scope("matrix factorization", "the paper's scale")
-OURS = "not the paper's"
 
 
 def claims(complete: Studies) -> list[Claim]:
@@ -29,201 +27,194 @@ def claims(complete: Studies) -> list[Claim]:
     if not complete:
         missing = Finding(NOT_RUN, command="make reproduce")
         return [Claim.of("All claims of section 4.1", "4.1", SCOPE, missing)]
-    first = first_optimizer(complete)
-    pair = complete[first]["mf"], complete[first]["opmf"]
-    found: list[Claim] = []
-
-    def add(
-        text: str, section: str, figure: str, finding: Finding, studies: Sequence[Study] = pair
-    ) -> None:
-        runs = [study.record for study in studies]
-        claim = Claim(text, section, SCOPE, finding.verdict, finding.evidence, figure,
-                      where=finding.where, runs=runs)  # fmt: skip
-        found.append(claim)
-
-    add("OP-MF reaches the error of the SVD with SGD", "4.1", "figure2", reaches(*pair))
-    add("Four rates reach it with OP-MF, none with MF (Figure 2; how many depends on the grid)",
-        "4.1", "figure2", four_and_none(*pair))  # fmt: skip
-    add("Across learning rates OP-MF ends lower than MF", "4.1", "figure2", lower_loss(*pair))
-    add("OP-MF is less sensitive to the learning rate", "4.1", "sensitivity", less_sensitive(*pair))
-    add("OP-MF converges faster", "4.1", "figure2", faster(*pair))
-    for optimizer, studies in complete.items():
-        if optimizer != first:
-            both = studies["mf"], studies["opmf"]
-            add(f"OP-MF keeps its advantage with {OPTIMIZERS[optimizer]} (Figure 4)",
-                "4.1", "figure4", persists(*both), both)  # fmt: skip
-    for optimizer, studies in complete.items():
-        add(f"OP-MF's step size rises and falls in training ({OPTIMIZERS[optimizer]}; v2)",
-            "v2", "step_size", adapts(studies["opmf"]), [studies["opmf"]])  # fmt: skip
-    add("After the lower bound OP-MF's effective rank rises to about the SVD's, MF's does not",
-        "4.1", "figure3", rank_rises(*pair))  # fmt: skip
-    add("OP-MF's effective rank reaches its lower bound sooner", "4.1", "figure3",
-        rank_falls_sooner(*pair))  # fmt: skip
-    add("OP-MF's gradient norm spikes and collapses, MF's does not", "4.1", "figure3", spike(*pair))
-    add("OP-MF's gradients turn sharply, MF's stay aligned", "4.1", "figure3", turn(*pair))
-    for optimizer, studies in complete.items():
-        if control := studies.get("mf_matched_mlp_start"):
-            add(f"Control: OP-MF does more than larger steps and first A ({OPTIMIZERS[optimizer]})",
-                OURS, "step_size", beyond_step_size(studies["opmf"], control),
-                [studies["opmf"], control])  # fmt: skip
-    return found
-
-
-def _on_rates(
-    evidence: str, mf: Study, op: Study, whole: bool, holds: Callable[[list[int]], bool]
-) -> Finding:
-    """A claim about a set of rates: on all of them, or on the longest window."""
-    if whole:
-        return Finding(HOLDS, evidence, where="the whole grid")
-    window = longest_window(mf, op, holds)
-    if not window:
-        return Finding(FAILS, evidence)
-    where = f"rates {span(mf.rates, window)} ({len(window)} of {len(mf.rates)})"
-    return Finding(IN_A_RANGE, evidence, where=where)
+    pairs = {name: Pair(studies["mf"], studies["opmf"]) for name, studies in complete.items()}
+    first, *others = pairs  # SGD, which the paper looks at in detail
+    pair = pairs[first]
+    controls = {name: found.get("mf_matched_mlp_start") for name, found in complete.items()}
+    judged = [
+        ("OP-MF reaches the error of the SVD with SGD", "4.1", "figure2", first, reaches(pair)),
+        ("Four rates reach it with OP-MF, none with MF (Figure 2; how many depends on the grid)",
+         "4.1", "figure2", first, four_and_none(pair)),
+        ("Across learning rates OP-MF ends lower than MF", "4.1", "figure2", first, lower_loss(pair)),
+        ("OP-MF is less sensitive to the learning rate", "4.1", "sensitivity",
+         first, less_sensitive(pair)),
+        ("OP-MF converges faster", "4.1", "figure2", first, faster(pair)),
+        *((f"OP-MF keeps its advantage with {OPTIMIZERS[name]} (Figure 4)", "4.1", "figure4",
+           name, persists(pairs[name])) for name in others),
+        *((f"OP-MF's step size rises and falls in training ({OPTIMIZERS[name]}; v2)", "v2",
+           "step_size", name, adapts(each.op)) for name, each in pairs.items()),
+        ("After the lower bound OP-MF's effective rank rises to about the SVD's, MF's does not",
+         "4.1", "figure3", first, rank_rises(pair)),
+        ("OP-MF's effective rank reaches its lower bound sooner", "4.1", "figure3",
+         first, rank_falls_sooner(pair)),
+        ("OP-MF's gradient norm spikes and collapses, MF's does not", "4.1", "figure3",
+         first, spike(pair)),
+        ("OP-MF's gradients turn sharply, MF's stay aligned", "4.1", "figure3", first, turn(pair)),
+        *((f"Control: OP-MF does more than larger steps and first A ({OPTIMIZERS[name]})",
+           "not the paper's", "step_size", name,
+           beyond_step_size(each.op, controls[name]))
+          for name, each in pairs.items() if controls[name]),
+    ]  # fmt: skip
+    return [
+        Claim.of(
+            text,
+            section,
+            SCOPE,
+            replace(finding, figure=figure),
+            runs=[study.record for study in complete[name].values()],
+        )
+        for text, section, figure, name, finding in judged
+    ]
 
 
-def _at_best_rate(evidence: str, op: Study, holds: bool) -> Finding:
-    """A claim that was looked at where OP-MF is best."""
-    if not holds:
-        return Finding(FAILS, evidence)
-    return Finding(IN_A_RANGE, evidence, where=f"rate {op.rates[op.best]:g}")
+@dataclass(frozen=True)
+class Pair:
+    """MF and OP-MF under the same optimizer, at the same learning rates."""
+
+    mf: Study
+    op: Study
+
+    def on_rates(self, evidence: str, whole: bool, holds: Callable[[list[int]], bool]) -> Finding:
+        """A claim about a set of rates: on all of them, or on the longest window."""
+        if whole:
+            return Finding(HOLDS, evidence, where="the whole grid")
+        window, rates = longest_window(self.mf, self.op, holds), self.mf.rates
+        if not window:
+            return Finding(FAILS, evidence)
+        where = f"rates {span(rates, window)} ({len(window)} of {len(rates)})"
+        return Finding(IN_A_RANGE, evidence, where=where)
+
+    def at_best_rate(self, evidence: str, holds: bool) -> Finding:
+        """A claim that is looked at where OP-MF is best."""
+        where = f"rate {self.op.rates[self.op.best]:g}"
+        return Finding(IN_A_RANGE, evidence, where=where) if holds else Finding(FAILS, evidence)
+
+    def curves(self, name: str) -> list[numpy.ndarray]:
+        """OP-MF's and MF's curve where OP-MF is best."""
+        return [study.curve(name, self.op.best) for study in (self.op, self.mf)]
 
 
-def reaches(mf: Study, op: Study) -> Finding:
+def reaches(pair: Pair) -> Finding:
+    op = pair.op
     evidence = (
         f"at {op.reaches.sum()} of {len(op.rates)} rates; best median {op.median.min():.4f}, SVD "
         f"{numpy.median(op.svd):.4f}"
     )
-    verdict = HOLDS if op.reaches.any() else FAILS
-    return Finding(verdict, evidence, where=_rates(op, op.reaches))
+    return Finding(HOLDS if op.reaches.any() else FAILS, evidence, where=_rates(op, op.reaches))
 
 
-def four_and_none(mf: Study, op: Study) -> Finding:
-    ahead = op.reaches & ~mf.reaches
-    return _on_rates(
+def four_and_none(pair: Pair) -> Finding:
+    mf, op = pair.mf, pair.op
+    evidence = (
         f"OP-MF {op.reaches.sum()}, MF {mf.reaches.sum()} of {len(mf.rates)} rates; MF's: "
-        f"{_rates(mf, mf.reaches) or 'none'}; only OP-MF's: {_rates(mf, ahead) or 'none'}",
-        mf,
-        op,
-        op.reaches.sum() >= 4 and not mf.reaches.any(),
-        lambda i: op.reaches[i].sum() >= 4 and not mf.reaches[i].any(),
+        f"{_rates(mf, mf.reaches) or 'none'}; only OP-MF's: "
+        f"{_rates(mf, op.reaches & ~mf.reaches) or 'none'}"
+    )
+    whole = op.reaches.sum() >= 4 and not mf.reaches.any()
+    return pair.on_rates(
+        evidence, whole, lambda i: op.reaches[i].sum() >= 4 and not mf.reaches[i].any()
     )
 
 
-def lower_loss(mf: Study, op: Study) -> Finding:
-    lower = op.median < mf.median
-    both = ~op.diverges & ~mf.diverges
-    return _on_rates(
+def lower_loss(pair: Pair) -> Finding:
+    mf, op = pair.mf, pair.op
+    lower, both = op.median < mf.median, ~op.diverges & ~mf.diverges
+    evidence = (
         f"at {(lower & both).sum()} of {both.sum()} rates at which neither diverges; best of each: "
-        f"OP-MF {op.median.min():.4f}, MF {mf.median.min():.4f}",
-        mf,
-        op,
-        bool(lower[both].all()),
-        lambda i: lower[i].all(),
+        f"OP-MF {op.median.min():.4f}, MF {mf.median.min():.4f}"
+    )
+    return pair.on_rates(evidence, bool(lower[both].all()), lambda i: lower[i].all())
+
+
+def less_sensitive(pair: Pair) -> Finding:
+    mine, theirs = pair.op.reaches, pair.mf.reaches
+    share, their_share = (s.reaches.sum() / (~s.diverges).sum() for s in (pair.op, pair.mf))
+    evidence = (
+        f"rates reaching SVD: OP-MF {mine.sum()}, MF {theirs.sum()}; share of the rates "
+        f"at which each is stable: OP-MF {share:.0%}, MF {their_share:.0%}"
+    )
+    return pair.on_rates(
+        evidence,
+        mine.sum() > theirs.sum() and share > their_share,
+        lambda i: mine[i[0]] and mine[i[-1]] and mine[i].sum() > theirs[i].sum(),
     )
 
 
-def less_sensitive(mf: Study, op: Study) -> Finding:
-    share = [s.reaches.sum() / (~s.diverges).sum() for s in (mf, op)]
-    return _on_rates(
-        f"rates reaching SVD: OP-MF {op.reaches.sum()}, MF {mf.reaches.sum()}; share of the rates "
-        f"at which each is stable: OP-MF {share[1]:.0%}, MF {share[0]:.0%}",
-        mf,
-        op,
-        op.reaches.sum() > mf.reaches.sum() and share[1] > share[0],
-        lambda i: (
-            op.reaches[i[0]] and op.reaches[i[-1]] and op.reaches[i].sum() > mf.reaches[i].sum()
-        ),
-    )
-
-
-def faster(mf: Study, op: Study) -> Finding:
-    best = [s.steps_to_svd(s.best) for s in (mf, op)]
+def faster(pair: Pair) -> Finding:
+    mf, op = pair.mf, pair.op
+    mine, theirs = op.steps_to_svd(op.best), mf.steps_to_svd(mf.best)
     sooner = [op.steps_to_svd(i) < mf.steps_to_svd(i) for i in range(len(mf.rates))]
-    return _on_rates(
-        f"steps to the SVD error, each at its best rate: OP-MF {best[1]:g}, MF {best[0]:g}; at the "
-        f"same rate OP-MF is first at {sum(sooner)} of {len(sooner)}",
-        mf,
-        op,
-        best[1] < best[0],
-        lambda i: all(sooner[k] for k in i),
+    evidence = (
+        f"steps to the SVD error, each at its best rate: OP-MF {mine:g}, MF {theirs:g}; at the "
+        f"same rate OP-MF is first at {sum(sooner)} of {len(sooner)}"
     )
+    return pair.on_rates(evidence, mine < theirs, lambda i: all(sooner[k] for k in i))
 
 
-def persists(mf: Study, op: Study) -> Finding:
+def persists(pair: Pair) -> Finding:
     """With another optimizer."""
+    mf, op = pair.mf, pair.op
     lower = op.median < mf.median
-    return _on_rates(
+    evidence = (
         f"best median: OP-MF {op.median.min():.5f}, MF {mf.median.min():.5f}; rates reaching SVD: "
         f"OP-MF {op.reaches.sum()}, MF {mf.reaches.sum()} of {len(mf.rates)}; lower at the same "
-        f"rate at {lower.sum()}",
-        mf,
-        op,
-        op.median.min() < mf.median.min() and op.reaches.sum() > mf.reaches.sum(),
-        lambda i: lower[i].all(),
+        f"rate at {lower.sum()}"
     )
+    whole = op.median.min() < mf.median.min() and op.reaches.sum() > mf.reaches.sum()
+    return pair.on_rates(evidence, whole, lambda i: lower[i].all())
 
 
-def rank_rises(mf: Study, op: Study) -> Finding:
+def rank_rises(pair: Pair) -> Finding:
     """Holds in a range where MF's rank rises as well, at its own best rate."""
-    i = op.best
-    target = numpy.median(op.record.metrics["svd_effective_rank"])
-    cases = ((op, i), (mf, i), (mf, mf.best))
-    op_rank, mf_rank, mf_best = (s.curve("effective_rank", k) for s, k in cases)
+    target = numpy.median(pair.op.record.metrics["svd_effective_rank"])
+    op_rank, mf_rank = pair.curves("effective_rank")
+    mf_best = pair.mf.curve("effective_rank", pair.mf.best)[-1]
     op_rises = op_rank[-1] > 0.9 * target and op_rank[-1] > op_rank[1:].min() + 1
     holds = op_rises and mf_rank[-1] < 0.9 * target
-    finding = _at_best_rate(
+    finding = pair.at_best_rate(
         f"final effective rank (SVD {target:.2f}): OP-MF {op_rank[-1]:.2f} and MF "
-        f"{mf_rank[-1]:.2f} at rate {op.rates[i]:g}; MF at its best rate {mf_best[-1]:.2f}",
-        op,
+        f"{mf_rank[-1]:.2f} at rate {pair.op.rates[pair.op.best]:g}; MF at its best rate "
+        f"{mf_best:.2f}",
         holds,
     )
-    only_op = holds and mf_best[-1] <= 0.9 * target
-    return replace(finding, verdict=HOLDS) if only_op else finding
+    return replace(finding, verdict=HOLDS) if holds and mf_best <= 0.9 * target else finding
 
 
-def rank_falls_sooner(mf: Study, op: Study) -> Finding:
-    first = [
+def rank_falls_sooner(pair: Pair) -> Finding:
+    mine, theirs = (
         [int(s.steps[1 + s.curve("effective_rank", i)[1:].argmin()]) for i in range(len(s.rates))]
-        for s in (mf, op)
-    ]
-    i = op.best
-    sooner = [ours < theirs for theirs, ours in zip(*first, strict=True)]
-    return _on_rates(
-        f"step of the minimum at rate {op.rates[i]:g}: OP-MF {first[1][i]}, MF "
-        f"{first[0][i]}; sooner at {sum(sooner)} of {len(sooner)} rates",
-        mf,
-        op,
-        all(sooner),
-        lambda window: all(sooner[k] for k in window),
+        for s in (pair.op, pair.mf)
     )
+    i, sooner = pair.op.best, [a < b for a, b in zip(mine, theirs, strict=True)]
+    evidence = (
+        f"step of the minimum at rate {pair.op.rates[i]:g}: OP-MF {mine[i]}, MF {theirs[i]}; "
+        f"sooner at {sum(sooner)} of {len(sooner)} rates"
+    )
+    return pair.on_rates(evidence, all(sooner), lambda i: all(sooner[k] for k in i))
 
 
-def spike(mf: Study, op: Study) -> Finding:
+def spike(pair: Pair) -> Finding:
     """Twice as high as MF's, and twice what follows."""
-    i = op.best
     heights, falls = [], []
-    for norm in (op.curve("gradient_norm", i), mf.curve("gradient_norm", i)):
+    for norm in pair.curves("gradient_norm"):
         peak = int(norm.argmax())
         heights.append(norm[peak] / norm[0])
         falls.append(norm[peak] / norm[peak:].min())
-    return _at_best_rate(
-        f"peak over first step, and peak over later minimum, at rate {op.rates[i]:g}: OP-MF "
-        f"{heights[0]:.1f} and {falls[0]:.0f}, MF {heights[1]:.1f} and {falls[1]:.0f}",
-        op,
-        heights[0] > 2 * heights[1] and falls[0] > 2,
+    evidence = (
+        "peak over first step, and peak over later minimum, at rate "
+        f"{pair.op.rates[pair.op.best]:g}: OP-MF {heights[0]:.1f} and {falls[0]:.0f}, MF "
+        f"{heights[1]:.1f} and {falls[1]:.0f}"
     )
+    return pair.at_best_rate(evidence, heights[0] > 2 * heights[1] and falls[0] > 2)
 
 
-def turn(mf: Study, op: Study) -> Finding:
-    i = op.best
-    ours, theirs = (float(numpy.nanmin(s.curve("gradient_cosine", i))) for s in (op, mf))
-    return _at_best_rate(
-        f"lowest cosine of gradients 10 steps apart at rate {op.rates[i]:g}: OP-MF "
-        f"{ours:.2f}, MF {theirs:.2f}",
-        op,
-        ours < 0.5 and theirs > 0.9,
+def turn(pair: Pair) -> Finding:
+    mine, theirs = (float(numpy.nanmin(curve)) for curve in pair.curves("gradient_cosine"))
+    evidence = (
+        f"lowest cosine of gradients 10 steps apart at rate {pair.op.rates[pair.op.best]:g}: "
+        f"OP-MF {mine:.2f}, MF {theirs:.2f}"
     )
+    return pair.at_best_rate(evidence, mine < 0.5 and theirs > 0.9)
 
 
 def adapts(op: Study) -> Finding:

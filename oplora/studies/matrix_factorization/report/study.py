@@ -114,11 +114,6 @@ def complete(found: Studies) -> Studies:
     return {name: methods for name, methods in found.items() if {"mf", "opmf"} <= set(methods)}
 
 
-def first_optimizer(found: Studies) -> str:
-    """SGD, which the paper looks at in detail, or the first that was run."""
-    return next(iter(found))
-
-
 def _is_default(problem: dict) -> bool:
     wanted = dict(rows=100, columns=100, rank=8, condition_number=None, loss="mse", steps=1000)
     return all(problem[key] == value for key, value in wanted.items())
