@@ -8,7 +8,7 @@ from oplora.report.page import Row, Section, Table
 from oplora.report.rules import half_the_rank
 from oplora.report.statistics import mean_interval, shown
 from oplora.report.tables import cost_cells
-from oplora.report.titles import label, methods, title
+from oplora.report.titles import label, method_of, methods, title
 from oplora.runs import Record
 
 
@@ -57,7 +57,7 @@ def losses(c: Comparison) -> list[Losses]:
 
 
 def sweep_runs(c: Comparison, method: str) -> list[Record]:
-    return [r for r in c.sweep_runs if r.config["method"]["name"] == method]
+    return [r for r in c.sweep_runs if method_of(r) == method]
 
 
 def control_methods() -> list[str]:

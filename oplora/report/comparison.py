@@ -8,7 +8,7 @@ from functools import cached_property
 
 from oplora.report import titles
 from oplora.report.statistics import mean_interval
-from oplora.report.titles import Scope, by_method, in_order
+from oplora.report.titles import Scope, by_method, in_order, method_of
 from oplora.runs import Record
 
 TOLERANCE = 1.05  # a rate is good if its validation loss is within 5% of the best
@@ -75,10 +75,8 @@ class Comparison:
 
     def at_chosen_rate(self, records: Iterable[Record]) -> list[Record]:
         """Those at their method's chosen rate, or at any where there was no sweep of it."""
-        return [
-            r for r in trained(records)
-            if self.chosen.get(r.config["method"]["name"], r.config["lr"]) == r.config["lr"]
-        ]  # fmt: skip
+        found = trained(records)
+        return [r for r in found if r.config["lr"] == self.chosen.get(method_of(r), r.config["lr"])]
 
     def scores(self, method: str) -> dict[int, float]:
         """Seed → score of a method at its chosen rate."""
@@ -87,7 +85,7 @@ class Comparison:
 
     def records_of(self, method: str) -> list[Record]:
         """All runs of a method that did not diverge."""
-        return [r for r in trained(self.records) if r.config["method"]["name"] == method]
+        return [r for r in trained(self.records) if method_of(r) == method]
 
     def sweep_seeds(self, *methods: str) -> int:
         """With how many seeds at least the rates of these methods were swept."""
@@ -108,14 +106,14 @@ class Comparison:
         return {
             r.config["seed"]: s
             for r in trained(self.every or self.records)
-            if r.config["method"]["name"] == method
+            if method_of(r) == method
             and all(r.config[key] == value for key, value in wanted.items() if value is not None)
             and (s := self.score(r)) is not None
         }
 
     def by_width(self, method: str) -> dict[int, dict[int, float]]:
         """Width of the MLP → seed → score, at the rate chosen for the usual width."""
-        runs = [r for r in self.every or self.records if r.config["method"]["name"] == method]
+        runs = [r for r in self.every or self.records if method_of(r) == method]
         scores = {
             width: self.scores_at(method, rank=self.rank, mlp_width=width)
             for width in sorted({r.config["mlp_width"] for r in runs})
@@ -147,7 +145,7 @@ class Comparison:
     def runs_of(self, *methods: str) -> list[Record]:
         """Every run of these methods: of the sweep, of other ranks and widths, diverged ones."""
         every = {str(r.path): r for r in (*self.sweep_runs, *self.records, *self.every)}
-        return [r for r in every.values() if r.config["method"]["name"] in methods]
+        return [r for r in every.values() if method_of(r) in methods]
 
 
 def rates_command(experiment: str, preset: str, methods: Sequence[str]) -> str:
@@ -222,7 +220,7 @@ def main_rank(records: list[Record]) -> int | None:
     """The rank at which most methods were run."""
     methods: dict[int, set[str]] = {}
     for r in records:
-        methods.setdefault(r.config["rank"], set()).add(r.config["method"]["name"])
+        methods.setdefault(r.config["rank"], set()).add(method_of(r))
     return max(methods, key=lambda rank: len(methods[rank]), default=None)
 
 
@@ -234,10 +232,10 @@ def usual(record: Record, records: list[Record]) -> bool:
     if record.config["rank"] != main_rank(records):
         return False
     widths = record.config.get("widths")
-    name = record.config["method"]["name"]
+    name = method_of(record)
     if widths is not None:
         return record.config["mlp_width"] == widths.get(name, widths["default"])
-    every = [r.config["mlp_width"] for r in records if r.config["method"]["name"] == name]
+    every = [r.config["mlp_width"] for r in records if method_of(r) == name]
     return record.config["mlp_width"] == Counter(every).most_common(1)[0][0]
 
 
@@ -257,7 +255,7 @@ def rates_of(records: list[Record], value: Callable[[Record], float | None]) -> 
     for r in records:
         number = value(r) if trained([r]) else math.inf
         if number is not None:
-            found[r.config["method"]["name"]][r.config["lr"]][r.config["seed"]] = number
+            found[method_of(r)][r.config["lr"]][r.config["seed"]] = number
     sweep = {}
     for method in in_order(found):
         seeds = Counter(seed for by_seed in found[method].values() for seed in sorted(by_seed))

@@ -10,6 +10,7 @@ from typing import Any
 import pandas
 
 from oplora.report.page import Row, Section, Table
+from oplora.report.titles import method_of
 from oplora.runs import Record
 
 LIBRARIES = ("torch", "transformers", "diffusers", "peft")
@@ -83,7 +84,7 @@ def runs_table(root: Path, records: Iterable[Record]) -> pandas.DataFrame:
     rows = []
     for r in records:
         named = {"experiment": r.config["experiment"], "preset": r.config["preset"]}
-        named |= {"method": r.config["method"]["name"], "rate": r.config.get("lr")}
+        named |= {"method": method_of(r), "rate": r.config.get("lr")}
         named |= {key: r.config.get(key) for key in ("seed", "rank")}
         named["width"] = r.config.get("mlp_width")
         rows.append({"run": run_id(root, r)} | named | dict(sorted(_scalars(r.metrics))))

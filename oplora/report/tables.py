@@ -12,7 +12,7 @@ import yaml
 from oplora.report.comparison import Sweep, chosen_rates
 from oplora.report.page import Row, Table
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
-from oplora.report.titles import by_method, label, title
+from oplora.report.titles import by_method, label, method_of, title
 from oplora.runs import Record
 
 PAPER = Path(__file__).resolve().parents[2] / "results" / "paper"
@@ -121,7 +121,7 @@ def rate_table(name: str, caption: str, sweep: Sweep, records: Sequence[Record])
                 at_edge = rate in (min(by_rate), max(by_rate)) and len(by_rate) > 1
                 text += "*" + (" (edge)" if at_edge else "")
             row[f"{rate:g}"] = text
-        rows.append(Row(row, [r for r in records if r.config["method"]["name"] == method]))
+        rows.append(Row(row, [r for r in records if method_of(r) == method]))
     return Table(name, f"{caption} The chosen rate has a star.", rows)
 
 

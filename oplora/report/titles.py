@@ -53,6 +53,10 @@ def methods(configs: Path = CONFIGS) -> dict[str, Method]:
     return {method.name: method for method in sorted(found, key=lambda m: m.key)}
 
 
+def method_of(record: Record) -> str:
+    return record.config["method"]["name"]
+
+
 def method(name: str) -> Method:
     return methods().get(name) or Method(name, name)
 
@@ -75,7 +79,7 @@ def by_method(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Runs of every method, in the order of the tables."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for r in records:
-        groups[r.config["method"]["name"]].append(r)
+        groups[method_of(r)].append(r)
     return {name: groups[name] for name in in_order(groups)}
 
 

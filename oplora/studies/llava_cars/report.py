@@ -10,7 +10,7 @@ from oplora.report.experiment import Experiment, Score
 from oplora.report.figures import Curves
 from oplora.report.page import Part, Row
 from oplora.report.tables import Column, Groups, Items, cells, grouped_table, signed
-from oplora.report.titles import method
+from oplora.report.titles import method, method_of
 from oplora.runs import Record
 
 COLUMNS = (
@@ -45,10 +45,8 @@ def differences(images: pandas.DataFrame) -> dict[str, str]:
 
 
 def ranks_and_widths(c: Comparison, final: Groups) -> list[Part]:
-    every = [
-        r for r in c.at_chosen_rate(c.every)
-        if c.score(r) is not None and method(r.config["method"]["name"]).role != "control"
-    ]  # fmt: skip
+    scored = [r for r in c.at_chosen_rate(c.every) if c.score(r) is not None]
+    every = [r for r in scored if method(method_of(r)).role != "control"]
     found: list[Part] = []
     if len({r.config["rank"] for r in every}) > 1:
         usual_width = c.records[0].config["mlp_width"]

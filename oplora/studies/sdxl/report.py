@@ -14,7 +14,7 @@ from oplora.report.figures import Curves, over_training, rate_parts
 from oplora.report.page import Part, ReportFigure, Row, Table
 from oplora.report.statistics import mean_interval, shown
 from oplora.report.tables import COSTS, Groups, cited_scores, cost_cells, head, shipped
-from oplora.report.titles import by_method, label, title
+from oplora.report.titles import by_method, label, method_of, title
 from oplora.runs import Record
 
 LOSS = "held-out denoising loss"
@@ -192,7 +192,7 @@ def by_rank(c: Comparison) -> list[Row]:
     rows = []
     for method in ("lora", "oplora"):
         at_rate = c.at_chosen_rate(c.every)
-        runs = [r for r in at_rate if r.config["method"]["name"] == method]
+        runs = [r for r in at_rate if method_of(r) == method]
         for rank in sorted({r.config["rank"] for r in runs}):
             same = [r for r in runs if r.config["rank"] == rank]
             cells = {

@@ -35,7 +35,8 @@ def claims(complete: Studies) -> list[Claim]:
         ("OP-MF reaches the error of the SVD with SGD", "4.1", "figure2", first, reaches(pair)),
         ("Four rates reach it with OP-MF, none with MF (Figure 2; how many depends on the grid)",
          "4.1", "figure2", first, four_and_none(pair)),
-        ("Across learning rates OP-MF ends lower than MF", "4.1", "figure2", first, lower_loss(pair)),
+        ("Across learning rates OP-MF ends lower than MF", "4.1", "figure2",
+         first, lower_loss(pair)),
         ("OP-MF is less sensitive to the learning rate", "4.1", "sensitivity",
          first, less_sensitive(pair)),
         ("OP-MF converges faster", "4.1", "figure2", first, faster(pair)),
@@ -51,18 +52,12 @@ def claims(complete: Studies) -> list[Claim]:
          first, spike(pair)),
         ("OP-MF's gradients turn sharply, MF's stay aligned", "4.1", "figure3", first, turn(pair)),
         *((f"Control: OP-MF does more than larger steps and first A ({OPTIMIZERS[name]})",
-           "not the paper's", "step_size", name,
-           beyond_step_size(each.op, controls[name]))
+           "not the paper's", "step_size", name, beyond_step_size(each.op, controls[name]))
           for name, each in pairs.items() if controls[name]),
     ]  # fmt: skip
+    runs = {name: [study.record for study in found.values()] for name, found in complete.items()}
     return [
-        Claim.of(
-            text,
-            section,
-            SCOPE,
-            replace(finding, figure=figure),
-            runs=[study.record for study in complete[name].values()],
-        )
+        Claim.of(text, section, SCOPE, replace(finding, figure=figure), runs=runs[name])
         for text, section, figure, name, finding in judged
     ]
 
