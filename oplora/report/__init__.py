@@ -8,7 +8,6 @@ from pathlib import Path
 
 import yaml
 
-import oplora.studies
 from oplora.report import across, benchmarks, claims, provenance
 from oplora.report.comparison import Comparison
 from oplora.report.page import Part, Row, Section, Table, write_report
@@ -19,9 +18,10 @@ DEVIATIONS = Path(__file__).resolve().parents[2] / "results" / "paper" / "deviat
 
 def experiments() -> list:
     """EXPERIMENT of every room of oplora.studies that has a module `report`, in its order."""
+    studies = importlib.import_module("oplora.studies")
     rooms = {
         path.parent.name
-        for folder in oplora.studies.__path__
+        for folder in studies.__path__
         for path in [*Path(folder).glob("*/report.py"), *Path(folder).glob("*/report")]
     }
     modules = [importlib.import_module(f"oplora.studies.{room}.report") for room in rooms]
@@ -69,7 +69,7 @@ class Report:
             claims.page(self.claims),
             across.section(
                 [c for results in self.results for c in results.comparisons],
-                [standing for results in self.results for standing in results.standings()],
+                [row for results in self.results for row in results.standings()],
                 [sweep for results in self.results for sweep in results.sweeps()],
                 [method for experiment in experiments() for method in experiment.stand_ins],
             ),

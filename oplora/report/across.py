@@ -1,6 +1,6 @@
 """Tables over all experiments: cost, sensitivity, the controls, half the rank."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from oplora.report.comparison import Comparison, good_rates, one_per_scale
@@ -13,18 +13,6 @@ from oplora.runs import Record
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How LoRA, OP-LoRA and the controls do, each at its own best rate, at one scope."""
-
-    scope: str
-    unit: str
-    by_method: Mapping[str, str]
-    runs: Sequence[Record]
-    gain: str | None = None  # of OP-LoRA over the best of the others
-    over: str | None = None  # the best of the others, as the tables show it
-
-
-@dataclass(frozen=True)
 class Losses:
     """A method's sweep of learning rates at one scope."""
 
@@ -34,18 +22,16 @@ class Losses:
     runs: Sequence[Record]
 
 
-def standing(c: Comparison) -> Standing | None:
-    """None where none of the methods was scored."""
+def standing(c: Comparison) -> list[Row]:
+    """The row of a comparison in the table of controls; none where none of them was scored."""
     names = [m for m in ("lora", "oplora", *control_methods()) if c.scores(m)]
-    if not names:
-        return None
-    by_method = {m: shown(list(c.scores(m).values()), c.digits) for m in names}
-    runs = [r for m in names for r in c.at_best[m]]
     means = {m: mean_interval(list(c.scores(m).values()))[0] for m in names if m != "oplora"}
     best = (max if c.higher else min)(means, key=means.get, default=None)
     gains = c.advantage("oplora", best) if best else []
-    over = (shown(gains, c.digits), title(best)) if gains else (None, None)
-    return Standing(str(c.scope), c.unit, by_method, runs, *over)
+    cells = {"scope": str(c.scope), "metric": c.unit}
+    cells |= {title(m): shown(list(c.scores(m).values()), c.digits) for m in names}
+    cells |= {"gain": shown(gains, c.digits), "over": title(best)} if gains else {}
+    return [Row(cells, [r for m in names for r in c.at_best[m]])] if names else []
 
 
 def losses(c: Comparison) -> list[Losses]:
@@ -66,7 +52,7 @@ def control_methods() -> list[str]:
 
 def section(
     comparisons: Sequence[Comparison],
-    standings: Iterable[Standing],
+    standings: list[Row],
     sweeps: Iterable[Losses],
     stand_ins: Collection[str],
 ) -> Section:
@@ -75,13 +61,15 @@ def section(
     stand_ins: methods that stand in the columns of others, and have none of their own.
     """
     comparisons = one_per_scale(comparisons)
+    compared = [m for m in ("lora", "oplora", *control_methods()) if m not in stand_ins]
     tables = [
         Table(
             "controls",
             "Is it only the step size? LoRA (or MF) with OP-LoRA's step sizes, with its first A, "
             "and with both, each at its own best rate; the gain is OP-LoRA's over the best of "
             "them, positive where OP-LoRA is ahead. MF: median error over seeds.",
-            *controls(standings, stand_ins),
+            standings,
+            ["scope", "metric", *map(title, compared), "gain", "over"],
         ),
         Table(
             "sensitivity_all",
@@ -105,23 +93,6 @@ def section(
         ),
     ]
     return Section("Across the experiments", [table for table in tables if table.rows])
-
-
-def controls(
-    standings: Iterable[Standing], stand_ins: Collection[str]
-) -> tuple[list[Row], list[str]]:
-    """Rows and columns."""
-    shown_methods = [m for m in ("lora", "oplora", *control_methods()) if m not in stand_ins]
-    rows = [
-        Row(
-            {"scope": s.scope, "metric": s.unit}
-            | {title(m): cell for m, cell in s.by_method.items()}
-            | {"gain": s.gain, "over": s.over},
-            s.runs,
-        )
-        for s in standings
-    ]
-    return rows, ["scope", "metric", *map(title, shown_methods), "gain", "over"]
 
 
 def sensitivity(sweeps: Iterable[Losses]) -> list[Row]:

@@ -162,8 +162,8 @@ class FineTuning:
     def claims(self) -> list[Claim]:
         return of_experiment(self.experiment.theses, self.experiment.name, self.comparisons)
 
-    def standings(self) -> list[across.Standing]:
-        return [found for c in self.comparisons if (found := across.standing(c))]
+    def standings(self) -> list[Row]:
+        return [row for c in self.comparisons for row in across.standing(c)]
 
     def sweeps(self) -> list[across.Losses]:
         return [losses for c in one_per_scale(self.comparisons) for losses in across.losses(c)]

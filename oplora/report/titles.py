@@ -43,9 +43,7 @@ def methods(configs: Path = CONFIGS) -> dict[str, Method]:
     found = []
     for path in configs.glob("method/*.yaml"):
         given = _read(path)
-        given = {
-            key: given[key] for key in ("title", "role", "mlp", "grid", "order") if key in given
-        }
+        given = {key: given[key] for key in FIELDS if key in given}
         method = Method(path.stem, **{"title": path.stem, **given})
         if method.role not in ROLES:
             raise ValueError(f"{path}: role is {method.role!r}, choose one of {', '.join(ROLES)}")
@@ -109,7 +107,11 @@ def presets(experiment: str, configs: Path = CONFIGS) -> dict[str, Scope]:
     """The presets of an experiment that have a title, by name."""
     paths = sorted((configs / experiment).glob("*.yaml"))
     found = {path.stem: _read(path).get("title") for path in paths}
-    return {name: Scope(**given) for name, given in found.items() if given}
+    return {
+        name: Scope(given) if isinstance(given, str) else Scope(**given)
+        for name, given in found.items()
+        if given
+    }
 
 
 def preset(experiment: str, name: str) -> Scope:

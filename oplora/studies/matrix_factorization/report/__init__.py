@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy
 
-from oplora.report.across import Losses, Standing
+from oplora.report.across import Losses
 from oplora.report.claims import Claim
 from oplora.report.comparison import Comparison
 from oplora.report.page import Part, Row, Section, Table
@@ -97,7 +97,7 @@ class Results:
             parts.append(Table(f"mf_final_{optimizer}", caption, final_errors(methods)))
         return Section("Matrix factorization (Figures 2-4)", parts)
 
-    def standings(self) -> list[Standing]:
+    def standings(self) -> list[Row]:
         return [
             standing(f"matrix factorization, {OPTIMIZERS[optimizer]}", methods)
             for optimizer, methods in self.studies.items()
@@ -126,15 +126,14 @@ def claim_rows(found: list[Claim]) -> list[Row]:
     ]
 
 
-def standing(scope: str, methods: dict[str, Study]) -> Standing:
+def standing(scope: str, methods: dict[str, Study]) -> Row:
     best = {m: float(study.median.min()) for m, study in methods.items()}
-    cells = {MODELS[m]: f"{error:.4f}" for m, error in best.items() if m in MODELS}
-    runs = [study.record for study in methods.values()]
+    cells = {"scope": scope, "metric": "MSE"}
+    cells |= {title(MODELS[m]): f"{error:.4f}" for m, error in best.items() if m in MODELS}
     rival = min(best.keys() - {"opmf"}, key=lambda m: (best[m], m), default=None)
-    if rival is None or "opmf" not in best:
-        return Standing(scope, "MSE", cells, runs)
-    gain = f"{best[rival] - best['opmf']:+.4f}"
-    return Standing(scope, "MSE", cells, runs, gain, title(rival))
+    if rival and "opmf" in best:
+        cells |= {"gain": f"{best[rival] - best['opmf']:+.4f}", "over": title(rival)}
+    return Row(cells, [study.record for study in methods.values()])
 
 
 def summary(found: Studies) -> list[Row]:
