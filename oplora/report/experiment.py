@@ -121,8 +121,7 @@ class Experiment:
             found.append(tables.paired_table(f"{name}_paired", caption, final, self.items))
         drawn = c.at_best if self.curves else {}
         if any(self.curves.points(r) for runs in drawn.values() for r in runs):
-            caption = f"{self.curves.caption}; {c.scope}."
-            found.append(over_training(f"{name}_curves", caption, drawn, self.curves))
+            found.append(over_training(f"{name}_curves", drawn, self.curves, str(c.scope)))
         return found + self.more(c, final)
 
 

@@ -57,7 +57,7 @@ def over_rates(
     return _finished(name, caption, figure, "learning rate", ylabel)
 
 
-def over_training(name: str, caption: str, groups: Groups, curves: Curves) -> ReportFigure:
+def over_training(name: str, groups: Groups, curves: Curves, scope: str) -> ReportFigure:
     """Mean and range over seeds for every method."""
     figure, axis = _axis()
     for name_, records in groups.items():
@@ -66,6 +66,7 @@ def over_training(name: str, caption: str, groups: Groups, curves: Curves) -> Re
             xs, values = at_shared_steps(lines)
             (drawn,) = axis.plot(xs, values.mean(0), _line(name_), label=title(name_))
             _shade(axis, xs, values.min(0), values.max(0), drawn.get_color())
+    caption = f"{curves.caption}; {scope}."
     return _finished(name, caption, figure, curves.xlabel, curves.ylabel)
 
 

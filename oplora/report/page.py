@@ -14,35 +14,7 @@ from matplotlib.figure import Figure
 
 from oplora.runs import Record, write_atomically
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2a83; --part: #b803;
-  --bad: #c443; --link: light-dark(#0645ad, #8ab4f8); }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: auto; padding: 0 1rem 3rem;
-  overflow-wrap: break-word; }
-h1, h2 { line-height: 1.2; } h2 { border-bottom: 1px solid var(--line); margin-top: 2.5rem; }
-a { color: var(--link); }
-nav ul { columns: 18rem; padding-left: 1.2rem; }
-img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-.scroll { overflow-x: auto; max-height: 85vh; }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-table:not(.text) td:not(:first-child) { white-space: nowrap; }
-thead th { background: Canvas; position: sticky; top: 0; vertical-align: bottom; }
-table.text th, table.text td { text-align: left; vertical-align: top; min-width: 5rem; }
-td.holds { background: var(--good); } td.holds-in-a-range { background: var(--part); }
-td.does-not-hold { background: var(--bad); }
-p.caption { font-size: .85rem; opacity: .8; margin: 0 0 .3rem; }
-@media (max-width: 44rem) {  /* a row of sentences becomes a card */
-  .scroll:has(table.text) { max-height: none; }
-  table.text, table.text tbody, table.text tr, table.text td { display: block; }
-  table.text thead { display: none; }
-  table.text tr { border: 1px solid var(--line); border-radius: 4px; margin: .6rem 0; }
-  table.text td { border: 0; } table.text td:first-child { font-weight: bold; }
-  table.text td:not(:first-child)::before { content: attr(data-column) ": "; opacity: .7; }
-}
-figure { margin: 1.5rem 0; } figcaption { font-size: .85rem; opacity: .8; }
-"""
+STYLE = Path(__file__).with_name("page.css")
 
 
 class Link(str):
@@ -119,7 +91,7 @@ def write_report(title: str, sections: list[Section], out: Path) -> Path:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>\n"
+        f"<title>{html.escape(title)}</title><style>\n{STYLE.read_text()}</style></head><body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
     )

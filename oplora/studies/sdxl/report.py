@@ -73,11 +73,9 @@ def body(results: FineTuning) -> list[Part]:
         compared = {c.variant: c for c in results.comparisons if c.preset == preset}
         if swept := [r for r in runs if is_swept(r)]:
             styles = ", ".join(sorted({dataset_of(r) for r in swept}))
-            caption = (
-                f"Held-out denoising loss after training, by learning rate; {styles}; {scope}."
-            )
-            any_comparison = next(iter(compared.values()))
-            parts += rate_parts(any_comparison, caption, "held-out denoising loss")
+            caption = "Held-out denoising loss after training, by learning rate"
+            any_comparison = next(iter(compared.values()))  # all share the sweep
+            parts += rate_parts(any_comparison, f"{caption}; {styles}; {scope}.", LOSS)
         for dataset in sorted({dataset_of(r) for r in runs if "images" in r.metrics}):
             measured = [r for r in runs if "images" in r.metrics and dataset_of(r) == dataset]
             parts += dataset_parts(f"{dataset}, {scope}", measured, compared.get(dataset))
@@ -108,14 +106,12 @@ def dataset_parts(scope: str, measured: list[Record], c: Comparison | None) -> l
         caption = f"{scope}: can this base model measure style at all? Fixed before the comparison."
         parts.append(Table(f"{name}_gate", caption, gate(base[0], groups)))
     if groups:
-        losses = Curves(f"{LOSS.capitalize()} during training; {scope}.", ylabel=LOSS)
-        distances = Curves(
-            f"Distance to the style during training; {scope}.", distance_by_step, c.unit
-        )
+        losses = Curves("Held-out denoising loss during training", ylabel=LOSS)
+        distances = Curves("Distance to the style during training", distance_by_step, c.unit)
         parts += [
             grid(f"{name}_grid", scope, base, groups),
-            over_training(f"{name}_curves", losses.caption, groups, losses),
-            over_training(f"{name}_steps", distances.caption, groups, distances),
+            over_training(f"{name}_curves", groups, losses, scope),
+            over_training(f"{name}_steps", groups, distances, scope),
         ]
     if c and len({r.config["rank"] for r in trained(c.every)}) > 1:
         caption = f"{scope}: OP-LoRA at half of LoRA's rank."
