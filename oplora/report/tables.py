@@ -139,12 +139,13 @@ def paired_table(name: str, caption: str, groups: Groups, items: Items) -> Table
     """Every method's difference to LoRA."""
     rows, theirs = [], groups.get("lora", [])
     seeds = {r.config["seed"] for r in theirs}
-    for method, runs in groups.items():
-        shared = [r for r in runs if r.config["seed"] in seeds and method != "lora"]
-        found = paired_items(shared, theirs, items.scores)
-        if len(found):
-            row = {"method": title(method), items.columns[1]: len(found), "seeds": len(shared)}
-            rows.append(Row(row | items.differences(found), [*shared, *theirs]))
+    shared = {m: [r for r in runs if r.config["seed"] in seeds] for m, runs in groups.items()}
+    scores = {r.path: items.scores(r) for runs in shared.values() for r in runs}
+    for method, runs in shared.items():
+        found = paired_items(runs, theirs, lambda r: scores[r.path])
+        if method != "lora" and len(found):
+            row = {"method": title(method), items.columns[1]: len(found), "seeds": len(runs)}
+            rows.append(Row(row | items.differences(found), [*runs, *theirs]))
     return Table(name, caption, rows, items.columns)
 
 
