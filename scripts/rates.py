@@ -1,14 +1,18 @@
-"""The learning rates that the sweeps of an experiment chose, as METHOD=RATE for scripts/sweep_*.sh.
+"""Learning rates for scripts/sweep_*.sh: those that sweeps chose, or the grids of a sweep.
 
 python scripts/rates.py vl_bart lora oplora          → lora=0.003 oplora=0.001
+python scripts/rates.py vl_bart --grids lora oplora  → a line per grid: its methods, its rates
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import yaml
+
 from oplora import report
 from oplora.harness.runs import load_runs
+from oplora.report.titles import CONFIGS, method
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published"
 
@@ -16,25 +20,56 @@ PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment")
-    parser.add_argument("methods", nargs="+")
+    parser.add_argument("methods", nargs="*", help="with --grids: default as in configs/grids.yaml")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--runs", type=Path, default=PUBLISHED, help="default: results/published")
-    arguments = parser.parse_args()
-    records, _ = load_runs(arguments.runs / arguments.experiment / arguments.preset)
-    chosen = {}
-    for comparison in report.comparisons(records):
-        chosen |= comparison.chosen
-    missing = [method for method in arguments.methods if method not in chosen]
-    if missing:
-        print(
-            f"error: no sweep of {', '.join(missing)} in {arguments.runs}: run "
-            f"scripts/sweep_learning_rates.sh {arguments.experiment} method={','.join(missing)} "
-            f"runtime.runs_dir={arguments.runs}",
-            file=sys.stderr,
-        )
+    parser.add_argument("--grids", action="store_true")
+    arguments = parser.parse_intermixed_args()
+    try:
+        if arguments.grids:
+            lines = grids(arguments.experiment, arguments.methods)
+        else:
+            lines = [chosen(arguments)]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    print(" ".join(f"{method}={chosen[method]:g}" for method in arguments.methods))
+    print("\n".join(lines))
     return 0
+
+
+def chosen(arguments: argparse.Namespace) -> str:
+    records, _ = load_runs(arguments.runs / arguments.experiment / arguments.preset)
+    rates = {}
+    for comparison in report.comparisons(records):
+        rates |= comparison.chosen
+    missing = [method for method in arguments.methods if method not in rates]
+    if missing or not arguments.methods:
+        raise ValueError(
+            f"no sweep of {', '.join(missing) or 'no method'} in {arguments.runs}: run "
+            f"scripts/sweep_learning_rates.sh {arguments.experiment} method={','.join(missing)} "
+            f"runtime.runs_dir={arguments.runs}"
+        )
+    return " ".join(f"{method}={rates[method]:g}" for method in arguments.methods)
+
+
+def grids(experiment: str, methods: list[str]) -> list[str]:
+    known = yaml.safe_load((CONFIGS / "grids.yaml").read_text(encoding="utf-8"))
+    if experiment not in known:
+        raise ValueError(f"{experiment} has no sweep of rates: choose one of {', '.join(known)}")
+    rates = known[experiment]
+    by_grid: dict[str, list[str]] = {grid: [] for grid in rates if grid != "methods"}
+    for name in methods or rates["methods"]:
+        grid = method(name).grid
+        if grid not in by_grid:
+            raise ValueError(
+                f"configs/grids.yaml has no {grid} of {experiment}, as {name} asks for"
+            )
+        by_grid[grid].append(name)
+    return [
+        f"{','.join(names)} {','.join(f'{rate:g}' for rate in rates[grid])}"
+        for grid, names in by_grid.items()
+        if names
+    ]
 
 
 if __name__ == "__main__":

@@ -11,21 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import pandas
-
 from oplora.harness.runs import write_atomically
-from oplora.report import build, claims, fill
-from oplora.report.page import Statement, Table, markdown_table, write_report
+from oplora.report import Report, build, claims, experiments, fill
+from oplora.report.page import Statement, Table, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
-PENDING = {  # the README's tables of experiments that may have no published runs
-    "sdxl_small_twemoji": "sdxl",
-    "sdxl_small_blobs": "sdxl",
-    "llava_cars_small": "llava_cars",
-    "vl_bart_small": "vl_bart",
-    "commonsense_small_float32": "commonsense",
-}
 
 
 def main() -> int:
@@ -36,10 +27,10 @@ def main() -> int:
     runs = arguments.runs or PUBLISHED
     start = time.perf_counter()
     try:
-        sections = build(runs)
-        path = write_report("OP-LoRA: results", sections, arguments.out or runs / "report")
+        report = build(runs)
+        path = report.write(arguments.out or runs / "report")
         if arguments.runs is None:
-            fill_readme(sections, ROOT / "README.md")
+            fill_readme(report, ROOT / "README.md")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,28 +38,22 @@ def main() -> int:
     return 0
 
 
-def fill_readme(sections: list, readme: Path) -> None:
+def fill_readme(report: Report, readme: Path) -> None:
     """The README's tables and statements, its list of files, and the measured commands."""
-    parts = [part for section in sections for part in section.parts]
-    rows = {part.name: part.rows for part in parts if isinstance(part, Table)}
     texts = {
-        name: f"Not run yet: `scripts/sweep_learning_rates.sh {experiment}`, then `sweep_seeds.sh`."
-        for name, experiment in PENDING.items()
+        name: f"Not run yet: `scripts/sweep_learning_rates.sh {experiment.name}`, then "
+        "`sweep_seeds.sh`."
+        for experiment in experiments()
+        for name in experiment.readme
     }
-    texts |= {name: markdown_table(compact(table)) for name, table in rows.items()}
-    texts |= {part.name: part.text for part in parts if isinstance(part, Statement)}
-    texts["claims_short"] = markdown_table(claims.short(rows["claims"]))
+    for part in report.parts:
+        if isinstance(part, Table):
+            texts[part.name] = markdown_table(part.compact)
+        elif isinstance(part, Statement):
+            texts[part.name] = part.text
+    texts["claims_short"] = markdown_table(claims.short(report.claims))
     texts |= {"commands": commands(), "files": files()}
     write_atomically(readme, fill(readme.read_text(encoding="utf-8"), texts))
-
-
-def compact(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """Without the single commonsense tasks and the costs."""
-    left_out = {"trained parameters", "shipped parameters", "train seconds", "peak memory, GB"}
-    if "held-out NLL" in rows and "average" in rows:
-        columns = list(rows.columns)
-        left_out |= set(columns[columns.index("average") + 1 : columns.index("trained parameters")])
-    return rows[[column for column in rows.columns if column not in left_out]]
 
 
 def commands() -> str:

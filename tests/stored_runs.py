@@ -131,12 +131,13 @@ def store_sdxl(
     rank=4,
     dataset="fluent",
     fine_tune=True,
+    preset="small",
     **environment,
 ):
     path = folder / f"{dataset}-{method}-{rank}-{lr}-{seed}-{value is not None}-{fine_tune}"
     path.mkdir(parents=True)
     config = {
-        "experiment": "sdxl", "preset": "small", "method": {"name": method}, "lr": lr,
+        "experiment": "sdxl", "preset": preset, "method": {"name": method}, "lr": lr,
         "seed": seed, "rank": rank, "mlp_width": 32, "dataset": {"name": dataset},
         "distance": {"name": "mmd"}, "fine_tune": fine_tune,
         "measure": value is not None,

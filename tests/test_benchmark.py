@@ -111,7 +111,7 @@ def test_a_file_has_every_method_and_its_tables(results):
         assert row["optimizer_seconds"]["low"] <= row["optimizer_seconds"]["high"]
     assert case["methods"]["lora"]["step_over_lora"] == dict(median=1.0, low=1.0, high=1.0)
     section = benchmarks.section(results)
-    tables = {part.name: part.rows for part in section.parts if not isinstance(part, str)}
+    tables = {part.name: part.frame for part in section.parts if not isinstance(part, str)}
     rows = tables["benchmark_smollm2_r8"]
     assert len(rows) == len(training.METHODS)
     assert rows["beyond LoRA, GB"].iloc[0] == "+0.00"
@@ -135,11 +135,11 @@ def test_aims_are_judged_by_their_numbers():
     }
     case = dict(model="smollm2", rank=8, methods=methods, oplora_optimizer_over_limit=1.6)
     steps = {"ratio_to_op_adamw": {"in_graph_adamw_fused": 2.0, "in_graph_adamw_foreach": 5.0}}
-    table = benchmarks.aim_table([case, {**case, "model": "tiny_sdxl"}], steps)
+    rows = benchmarks.aim_table([case, {**case, "model": "tiny_sdxl"}], steps)
     measured = ["1.040", "0.500", "1.600", "0.867", "1.020", "0.500", "0.200"]
-    assert table["measured"].tolist() == measured
+    assert [row.cells["measured"] for row in rows] == measured
     verdicts = ["reached", "reached", "missed", "reached", "missed", "missed", "reached"]
-    assert table["verdict"].tolist() == verdicts
+    assert [row.cells["verdict"] for row in rows] == verdicts
 
 
 def test_no_file_no_section(tmp_path):

@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from tiny_models import FAMILIES
 
 import oplora
+from oplora.harness.finetuning import mlp_of
 from oplora.harness.methods import apply_method
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -152,3 +153,18 @@ def test_adalora_needs_an_optimizer_that_counts_steps():
 def test_methods_that_need_data_say_so(name):
     with pytest.raises(ValueError, match="batches"):
         apply_method(FAMILIES["decoder"].build(), method(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "composed", "mlp"),
+    [
+        ("lora", "plain", "none"),
+        ("oplora_lite", "op_lite", "lite"),
+        ("lora_matched", "control", "full"),
+        ("lora_mlp_start", "control", "none"),  # it knows a width, and trains no MLP
+        ("dora", "op", "full"),  # the composed form of opdora
+    ],
+)
+def test_the_dry_run_knows_what_predicts_the_adapter(name, composed, mlp):
+    chosen = method(name, **{"method/create_optimizer": composed})
+    assert mlp_of(chosen) == mlp

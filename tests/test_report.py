@@ -12,9 +12,9 @@ import pytest
 from stored_runs import store_mf as store
 
 from oplora import report
-from oplora.report.mf import study
-from oplora.report.mf.claims import claims
-from oplora.report.page import Section, Table, markdown_table, write_report
+from oplora.report.page import Row, Section, Table, markdown_table, write_report
+from oplora.studies.matrix_factorization.report import study
+from oplora.studies.matrix_factorization.report.claims import claims
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,29 +49,28 @@ def test_a_claim_holds_on_the_grid_in_a_window_or_not(tmp_path):
         folder = tmp_path / str(number)
         store(folder, "mf", mf)
         store(folder, "opmf", op)
-        rows = claims({"sgd": read(folder)})
-        row = rows[rows["claim"].str.startswith("Four rates")].iloc[0]
-        assert row["verdict"] == verdict
+        (claim,) = [c for c in claims({"sgd": read(folder)}) if c.text.startswith("Four rates")]
+        assert claim.verdict == verdict and claim.section == "4.1" and claim.figure == "figure2"
         if verdict == "holds in a range":
-            assert row["range"] == "rates 0.01 to 10 (4 of 5)"
+            assert claim.where == "rates 0.01 to 10 (4 of 5)"
 
 
 def test_deleting_a_run_changes_exactly_its_cells(stored, tmp_path):
     path = store(stored, "mf_matched", [0.2] * 5)
-    report.render(stored, tmp_path / "before")
+    report.build(stored).write(tmp_path / "before")
     table = "tables/mf_final_sgd.csv"
     before = pandas.read_csv(tmp_path / "before" / table)
     for file in path.iterdir():
         file.unlink()
     path.rmdir()
-    report.render(stored, tmp_path / "after")
+    report.build(stored).write(tmp_path / "after")
     after = pandas.read_csv(tmp_path / "after" / table)
     pandas.testing.assert_frame_equal(before.drop(columns=["MF, OP's step sizes"]), after)
 
 
 def test_rendering_twice_gives_the_same_bytes(stored, tmp_path):
     for name in ("a", "b"):
-        report.render(stored, tmp_path / name)
+        report.build(stored).write(tmp_path / name)
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
     assert len(files) > 8
     for file in files:
@@ -79,11 +78,12 @@ def test_rendering_twice_gives_the_same_bytes(stored, tmp_path):
 
 
 def test_pages_escape_and_show_missing_values_as_dashes(tmp_path):
-    rows = pandas.DataFrame({"method": ["a|<b>", "c"], "mse": [0.5, None]})
-    out = write_report("T & T", [Section("S", ["text <i>", Table("t", "cap", rows)])], tmp_path)
+    rows = [Row({"method": "a|<b>", "mse": 0.5}), Row({"method": "c", "mse": None})]
+    table = Table("t", "cap", rows)
+    out = write_report("T & T", [Section("S", ["text <i>", table])], tmp_path)
     page = out.read_text()
     assert "T &amp; T" in page and "text &lt;i&gt;" in page and ">—</td>" in page
-    assert markdown_table(rows).splitlines()[2:] == ["| a\\|<b> | 0.5 |", "| c | — |"]
+    assert markdown_table(table.frame).splitlines()[2:] == ["| a\\|<b> | 0.5 |", "| c | — |"]
     assert "http" not in page, "the page must be self-contained"
 
 
@@ -92,7 +92,7 @@ onload = () => {
   const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
   document.querySelector("pre").textContent = JSON.stringify({
     overflow: root.scrollWidth - root.clientWidth,
-    pictures: [...page.images].map(i => i.naturalWidth > 0),
+    figures: [...page.images].map(i => i.naturalWidth > 0),
     lost_links: [...page.links].filter(a => !page.getElementById(a.hash.slice(1))).length,
     schemes: page.defaultView.getComputedStyle(root).getPropertyValue("color-scheme"),
   });
@@ -103,7 +103,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chr
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_the_page_in_a_browser_of_a_phones_width(stored, tmp_path):
-    report.render(stored, tmp_path / "out")
+    report.build(stored).write(tmp_path / "out")
     (tmp_path / "probe.html").write_text(PROBE)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     flags += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"]
@@ -111,7 +111,7 @@ def test_the_page_in_a_browser_of_a_phones_width(stored, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     seen = json.loads(re.search(r"<pre>(.*?)</pre>", done.stdout)[1])
     assert seen["overflow"] == 0 and seen["lost_links"] == 0
-    assert len(seen["pictures"]) > 3 and all(seen["pictures"])
+    assert len(seen["figures"]) > 3 and all(seen["figures"])
     assert seen["schemes"] == "light dark"
     assert "CONSOLE" not in done.stderr
 

@@ -5,8 +5,8 @@ import pytest
 from stored_runs import store_commonsense as store
 
 from oplora import report
-from oplora.report import commonsense
 from oplora.report.statistics import at_shared_steps, mean_interval, paired_bootstrap, shown
+from oplora.report.tables import cited_scores, cited_table
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def table(out, name):
 
 def test_every_method_is_scored_at_its_own_best_rate(stored, tmp_path):
     store(stored, "lora", 1e-2, 0, 3.4, nll=1.0)  # a rate that was not chosen: not in the table
-    report.render(stored, tmp_path)
+    report.build(stored).write(tmp_path)
     name = "commonsense_small_float32"
     rates = table(tmp_path, f"{name}_rates").set_index("method")
     assert rates.loc["LoRA", "0.001"] == "3.200*" and rates.loc["OP-LoRA", "0.0001"] == "3.100*"
@@ -45,7 +45,7 @@ def test_every_method_is_scored_at_its_own_best_rate(stored, tmp_path):
 def test_op_lora_is_judged_against_the_control_that_shares_step_sizes_and_start(stored, tmp_path):
     for seed, shift in enumerate((0.0, 0.1, -0.1)):
         store(stored, "lora_matched_mlp_start", 1e-4, seed, 3.1, nll=2.8 + shift)
-    report.render(stored, tmp_path)
+    report.build(stored).write(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "first A is LoRA, both: OP-LoRA is worse, +0.100 [+0.100, +0.100]" in text
 
@@ -56,7 +56,7 @@ def test_a_rate_is_judged_by_the_seeds_that_all_rates_have(stored, tmp_path):
     store(stored, "dora", 1e-3, 0, 3.2)
     store(stored, "dora", 1e-3, 1, 9.0, nll=3.0)
     store(stored, "dora", 1e-2, 0, 3.4)
-    report.render(stored, tmp_path)
+    report.build(stored).write(tmp_path)
     rates = table(tmp_path, "commonsense_small_float32_rates").set_index("method")
     assert rates.loc["DoRA", "0.001"] == "3.200*"
 
@@ -64,7 +64,7 @@ def test_a_rate_is_judged_by_the_seeds_that_all_rates_have(stored, tmp_path):
 def test_a_best_rate_at_the_edge_of_the_grid_is_marked(tmp_path):
     for lr, value in ((1e-4, 3.5), (1e-3, 3.2)):
         store(tmp_path / "runs", "lora", lr, 0, value)
-    report.render(tmp_path / "runs", tmp_path)
+    report.build(tmp_path / "runs").write(tmp_path)
     rates = table(tmp_path, "commonsense_small_float32_rates")
     assert rates.loc[0, "0.001"] == "3.200* (edge)"
 
@@ -72,14 +72,15 @@ def test_a_best_rate_at_the_edge_of_the_grid_is_marked(tmp_path):
 def test_scales_and_weight_types_are_never_mixed(stored, tmp_path):
     store(stored, "lora", 1e-3, 0, 1.0, nll=0.5, preset="paper", dtype="bfloat16")
     store(stored, "lora", 1e-3, 0, 9.0, nll=8.0, dtype="bfloat16")
-    report.render(stored, tmp_path)
+    report.build(stored).write(tmp_path)
     assert table(tmp_path, "commonsense_small_float32").loc[0, "held-out NLL"].startswith("3.000")
     assert table(tmp_path, "commonsense_small_bfloat16").loc[0, "held-out NLL"] == "8.000 (1)"
     assert table(tmp_path, "commonsense_paper_bfloat16").loc[0, "held-out NLL"] == "0.500 (1)"
 
 
 def test_cited_values_are_the_papers():
-    rows = commonsense.cited().rows.set_index("method")
+    rows = cited_table("paper", "table2.yaml").frame.set_index("method")
+    assert cited_scores("table2.yaml", "average")["dora"] == 73.7  # the mean of three seeds
     assert rows.loc["oplora", "average"] == 77.1 and rows.shape == (6, 9)
     for name in rows.index[:2]:  # the paper's averages are those of its own columns
         assert abs(rows.loc[name].iloc[:8].mean() - rows.loc[name, "average"]) < 0.06
@@ -98,5 +99,7 @@ def test_statistics_by_hand():
     assert shown([], 1) is None and shown([0.5], 1, 100) == "50.0 (1)"
     mean, low, high = paired_bootstrap([1.0, 3.0], [3.0, 1.0])
     assert mean == 1.5 and low == 1.0 and high == 3.0
+    mean, half = mean_interval(range(12))
+    assert half == pytest.approx(2.201 * 13**0.5 / 12**0.5)  # eleven degrees of freedom
     with pytest.raises(ValueError):
         mean_interval([])

@@ -14,7 +14,7 @@ import pytest
 from stored_runs import store_commonsense, store_mf, store_sdxl, store_vl_bart
 
 from oplora import report
-from oplora.report.page import Picture, Table
+from oplora.report.page import ReportFigure, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -63,12 +63,12 @@ def before(stored):
 
 
 def tables(root):
-    parts = [part for section in report.build(root) for part in section.parts]
-    return {part.name: part.rows for part in parts if isinstance(part, Table)}
+    parts = report.build(root).parts
+    return {part.name: part.frame for part in parts if isinstance(part, Table)}
 
 
 def test_the_report_is_the_stored_one(runs, tmp_path):
-    report.render(runs, tmp_path / "out")
+    report.build(runs).write(tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     text = re.sub(r"## Where the paper contradicts.*?(?=## )", "", text, flags=re.DOTALL)
     if os.environ.get("OPLORA_WRITE_GOLDEN"):
@@ -132,19 +132,19 @@ def test_a_claim_waits_when_its_runs_are_deleted(runs, before):
     assert waiting["evidence here"].tolist() == ["1 shared seeds"]
 
 
-def test_the_readme_is_filled_and_its_pictures_are_rendered(stored, tmp_path):
+def test_the_readme_is_filled_and_its_figures_are_rendered(stored, tmp_path):
     spec = importlib.util.spec_from_file_location("render", ROOT / "scripts" / "report.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     readme = Path(shutil.copy(ROOT / "README.md", tmp_path))
-    sections = report.build(stored)
-    script.fill_readme(sections, readme)
+    built = report.build(stored)
+    script.fill_readme(built, readme)
     text = readme.read_text(encoding="utf-8")
     assert "| OP-LoRA† | 0.0001 | 2.900 ± 0.248 (3) | 50.0 ± 0.0 (3) |\n" in text
     assert "Not run yet: `scripts/sweep_learning_rates.sh llava_cars`" in text
     assert "oplora/report/rules.py " in text and "scripts/multirun.sh " in text
-    pictures = {part.name for s in sections for part in s.parts if isinstance(part, Picture)}
+    figures = {part.name for part in built.parts if isinstance(part, ReportFigure)}
     shown = re.findall(r"results/published/report/figures/(\w+)\.png", text)
-    assert len(shown) > 3 and set(shown) <= pictures
-    script.fill_readme(sections, readme)
+    assert len(shown) > 3 and set(shown) <= figures
+    script.fill_readme(built, readme)
     assert readme.read_text(encoding="utf-8") == text

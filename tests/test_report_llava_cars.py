@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from oplora.harness.runs import load_runs
-from oplora.report import llava_cars
 from oplora.report.page import write_report
+from oplora.report.tables import cited_table
+from oplora.studies.llava_cars.report import EXPERIMENT
 
 
 def store(folder, method, lr, seed, loss, accuracy=None, rank=16, width=768, fine_tune=True):
@@ -54,7 +55,7 @@ def runs(tmp_path):
 
 def tables(runs, out):
     records, _ = load_runs(runs)
-    write_report("test", [llava_cars.section(records)], out)
+    write_report("test", [EXPERIMENT.read(records).section()], out)
     return lambda name: pandas.read_csv(out / "tables" / f"{name}.csv")
 
 
@@ -96,13 +97,13 @@ def test_ranks_and_widths(runs, tmp_path):
 
 
 def test_cited_values_and_nothing_without_runs():
-    rows = llava_cars.cited().rows.set_index("method")
+    rows = cited_table("paper", EXPERIMENT.paper).frame.set_index("method")
     assert rows.loc["lora"].tolist() == [82.8, 86.3] and rows.loc["oplora", "rank 64"] == 87.1
-    assert llava_cars.section([]) is None and llava_cars.comparisons([]) == []
+    assert EXPERIMENT.read([]).section() is None and EXPERIMENT.read([]).comparisons == []
 
 
 def test_the_comparison_takes_the_papers_numbers_of_its_rank(runs):
-    (comparison,) = llava_cars.comparisons(load_runs(runs)[0])
+    (comparison,) = EXPERIMENT.read(load_runs(runs)[0]).comparisons
     assert comparison.cited == {"lora": 82.8, "oplora": 83.6}
     assert comparison.chosen == {"full": 0.01, "lora": 0.01, "oplora": 0.01}
     assert comparison.advantage("oplora", "lora") == pytest.approx([10.0] * 3)

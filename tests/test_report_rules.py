@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from oplora import report
 from oplora.harness.runs import Record
 from oplora.report import claims, rules
 from oplora.report.comparison import Comparison, good_rates
@@ -40,7 +41,7 @@ def comparison(scores, sweep=SWEEP, every=(), **options):
         every=[*runs, *every],
         loss=lambda r: r.metrics["validation_loss"][-1][1],
         score=lambda r: r.metrics.get("score"),
-        metric="points",
+        unit="points",
         **{"cited": CITED} | options,
     )
 
@@ -209,11 +210,12 @@ def test_consistent_gains_need_two_experiments_and_all_of_them():
             replace(comparison(scores), experiment=experiment, name=experiment)
             for experiment, scores in parts
         ]
-        assert claims.consistent(compared)[2] == verdict
+        assert claims.consistent(compared).verdict == verdict
 
 
-def test_every_claim_is_a_row_even_without_any_run():
-    rows = claims.table([], {})
-    assert set(rows["verdict"]) == {NOT_RUN}
-    assert {claim.text for claim in claims.CLAIMS} <= set(rows["claim"])
-    assert rows.loc[rows["scope"] != "—", "to be run"].notna().all()
+def test_every_claim_is_told_even_without_any_run(tmp_path):
+    found = report.build(tmp_path).claims
+    assert {claim.verdict for claim in found} == {NOT_RUN}
+    assert {thesis.text for thesis in claims.GENERAL} <= {claim.text for claim in found}
+    assert all(claim.command for claim in found if str(claim.scope) != "—")
+    assert all(claim.section and claim.evidence for claim in found)

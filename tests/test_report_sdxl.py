@@ -32,7 +32,7 @@ def table(out, name):
 
 
 def test_results_stand_between_their_yardsticks_and_the_control(stored, tmp_path):
-    report.render(stored, tmp_path)
+    report.build(stored).write(tmp_path)
     rows = table(tmp_path, "sdxl_small_fluent").set_index("method")["mmd"]
     assert rows.to_dict() == {
         "real images of the style, half to half": "0.02",
@@ -44,20 +44,20 @@ def test_results_stand_between_their_yardsticks_and_the_control(stored, tmp_path
         "LoRA, trained on the base's style": "0.90 (1)",
     }
     page = (tmp_path / "report.md").read_text()
-    for picture in ("grid", "steps", "curves"):
-        assert f"figures/sdxl_small_fluent_{picture}.png" in page
+    for figure in ("grid", "steps", "curves"):
+        assert f"figures/sdxl_small_fluent_{figure}.png" in page
     rates = table(tmp_path, "sdxl_small_rates").set_index("method")
     assert rates.loc["OP-LoRA", "0.0001"] == "0.200*"
 
 
 def test_the_gate_is_judged_by_intervals(stored, tmp_path):
-    report.render(stored, tmp_path / "a")
+    report.build(stored).write(tmp_path / "a")
     assert table(tmp_path / "a", "sdxl_small_fluent_gate")["holds"].tolist() == ["yes"] * 3
     (path,) = stored.glob("fluent-full-*")
     metrics = json.loads((path / "metrics.json").read_text())
     metrics["images"] = distance(0.65)  # its interval ends at 0.75, the base's begins at 0.7
     (path / "metrics.json").write_text(json.dumps(metrics))
-    report.render(stored, tmp_path / "b")
+    report.build(stored).write(tmp_path / "b")
     assert table(tmp_path / "b", "sdxl_small_fluent_gate")["holds"].tolist() == ["yes", "no", "yes"]
     for folder, gated in (("a", False), ("b", True)):
         rows = table(tmp_path / folder, "claims").set_index("claim")
@@ -68,7 +68,7 @@ def test_the_gate_is_judged_by_intervals(stored, tmp_path):
 
 def test_missing_seeds_are_run_on_their_own_style(stored, tmp_path):
     store(stored, "lora", 1e-3, 0, 0.3, value=0.4, dataset="blobs")
-    report.render(stored, tmp_path)
+    report.build(stored).write(tmp_path)
     rows = table(tmp_path, "claims_open").set_index(["claim", "scope"])["to be run"]
     found = rows["OP-LoRA is better than LoRA"]
     (command,) = [value for scope, value in found.items() if "blobs" in scope]
@@ -76,7 +76,7 @@ def test_missing_seeds_are_run_on_their_own_style(stored, tmp_path):
 
 
 def test_half_the_rank(stored, tmp_path):
-    report.render(stored, tmp_path)
+    report.build(stored).write(tmp_path)
     rows = table(tmp_path, "sdxl_small_fluent_ranks")
     assert rows[["method", "rank", "mmd"]].to_numpy().tolist() == [
         ["LoRA", 4, "0.40 ± 0.25 (3)"],
@@ -87,5 +87,5 @@ def test_half_the_rank(stored, tmp_path):
 
 def test_only_a_base_model_run(tmp_path):
     store(tmp_path / "runs", "base", 0.0, 0, None, value=0.8, fine_tune=False)
-    report.render(tmp_path / "runs", tmp_path)
+    report.build(tmp_path / "runs").write(tmp_path)
     assert len(table(tmp_path, "sdxl_small_fluent")) == 3

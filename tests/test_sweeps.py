@@ -93,9 +93,24 @@ def test_a_cluster_is_a_choice_of_the_launcher():
     assert config.hydra.launcher._target_.endswith("SlurmLauncher")
 
 
-def multiruns(script, *arguments, **environment):
+ECHO = f"""#!/usr/bin/env bash
+case $1 in scripts/*) exec {sys.executable} "$@" ;; esac
+echo "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory):
+    """A python that prints how experiments are started."""
+    path = tmp_path_factory.mktemp("echo") / "python"
+    path.write_text(ECHO)
+    path.chmod(0o755)
+    return path
+
+
+def multiruns(echo, script, *arguments):
     """The experiment and overrides of every multirun that a script starts."""
-    env = {**os.environ, "PYTHON": "echo", **environment}
+    env = {**os.environ, "PYTHON": str(echo)}
     command = ["bash", str(ROOT / "scripts" / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -130,10 +145,10 @@ def points(overrides):
         ("sweep_rank.sh", ["llava_cars", "oplora=3e-4"], 4 * 3),
     ],
 )
-def test_every_point_of_every_grid_composes(script, arguments, count):
+def test_every_point_of_every_grid_composes(echo, script, arguments, count):
     grids = [
         (experiment, point)
-        for experiment, overrides in multiruns(script, *arguments)
+        for experiment, overrides in multiruns(echo, script, *arguments)
         for point in points(overrides)
     ]
     assert len(grids) == count
@@ -154,7 +169,8 @@ def test_scripts_name_what_is_missing():
         assert done.returncode == 2 and "=" in done.stderr
     for wrong in (["nothing"], ["vl_bart", "oplora"], ["vl_bart", "lora=3e-3"]):
         command = ["bash", str(ROOT / "scripts" / "sweep_learning_rates.sh"), *wrong]
-        assert subprocess.run(command, capture_output=True).returncode == 2
+        environment = {**os.environ, "PYTHON": sys.executable}
+        assert subprocess.run(command, capture_output=True, env=environment).returncode == 2
 
 
 def test_a_failed_grid_is_told_by_the_scripts_exit_code():

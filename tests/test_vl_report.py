@@ -5,8 +5,9 @@ import pytest
 from stored_runs import store_vl_bart as store
 
 from oplora.harness.runs import load_runs
-from oplora.report import vl_bart
 from oplora.report.page import write_report
+from oplora.report.tables import cited_table
+from oplora.studies.vl_bart.report import EXPERIMENT
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def runs(tmp_path):
 
 def tables(runs, out):
     records, _ = load_runs(runs)
-    write_report("test", [vl_bart.section(records)], out)
+    write_report("test", [EXPERIMENT.read(records).section()], out)
     return lambda name: pandas.read_csv(out / "tables" / f"{name}.csv")
 
 
@@ -68,11 +69,11 @@ def test_presets_are_never_mixed_and_nothing_is_no_section(runs, tmp_path):
     table = tables(runs, tmp_path)
     assert table("vl_bart_paper").loc[0, "vqa"] == "90.0 (1)"
     assert table("vl_bart_small").loc[0, "vqa"].startswith("70.0")
-    assert vl_bart.section([]) is None
+    assert EXPERIMENT.read([]).section() is None
 
 
 def test_cited_values_are_the_papers():
-    rows = vl_bart.cited().rows.set_index("method")
+    rows = cited_table("paper", EXPERIMENT.paper).frame.set_index("method")
     assert rows.shape == (5, 6) and rows.loc["opdora", "average"] == 77.6
     for name in rows.index:  # the paper's averages are those of its own columns, but for rounding
         tasks = rows.loc[name, ["vqa", "gqa", "nlvr", "cider"]]

@@ -10,7 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -49,6 +49,7 @@ def experiment(name: str) -> Callable:
                 _reported(checked, cfg)
 
         def checked(cfg: DictConfig) -> None:
+            name_preset(cfg)
             check_values(cfg)
             main(cfg)
 
@@ -62,6 +63,14 @@ def experiment(name: str) -> Callable:
         return entry
 
     return decorate
+
+
+def name_preset(cfg: DictConfig) -> None:
+    """Complete `preset` where the chosen file of configs/preset/ is empty."""
+    choices = HydraConfig.get().runtime.choices
+    if "preset" in choices and not cfg.get("preset"):  # Hydra makes an empty file an empty group
+        with open_dict(cfg):
+            cfg.preset = choices["preset"]
 
 
 def check_values(cfg: DictConfig) -> None:

@@ -128,6 +128,15 @@ def whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def mlp_of(method: DictConfig) -> str:
+    """What the method's file says (full, lite or none); full where method/create_optimizer=op.
+
+    There the file is the plain adapter's; a control without MLPs knows their width, too.
+    """
+    composed = method.role != "control" and "mlp_width" in method.create_optimizer
+    return "full" if composed and method.mlp == "none" else method.mlp
+
+
 def describe(cfg: DictConfig, auto_class: type) -> str:
     """The dry run: what would be trained, on what and how large; no weights or data are loaded.
 
@@ -139,10 +148,9 @@ def describe(cfg: DictConfig, auto_class: type) -> str:
     base = sum(p.numel() for p in model.parameters())
     adapter = instantiate(cfg.method.adapter, _convert_="all")
     create = cfg.method.create_optimizer
-    options = {key: create[key] for key in ("mlp_width", "z_dim", "shared_trunk") if key in create}
-    if not create.get("matched_steps", True):  # a control that trains no MLP
-        options = {}
-    options["lite"] = "lite" in OmegaConf.select(create, "create.path", default="")
+    keys = ("mlp_width", "z_dim", "shared_trunk")
+    options = {} if mlp_of(cfg.method) == "none" else {k: create[k] for k in keys if k in create}
+    options["lite"] = mlp_of(cfg.method) == "lite"
     if "optimizer" in create:
         options["optimizer_cls"] = get_class(create.optimizer._target_)
     if options.get("mlp_width"):

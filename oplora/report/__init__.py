@@ -1,64 +1,102 @@
 """The report: tables, figures and verdicts, rendered from finished runs and nothing else."""
 
+import importlib
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import pandas
 import yaml
 
 from oplora.harness.runs import Record, load_runs
-from oplora.report import (
-    across,
-    benchmarks,
-    claims,
-    commonsense,
-    llava_cars,
-    mf,
-    provenance,
-    sdxl,
-    vl_bart,
-)
+from oplora.report import across, benchmarks, claims, provenance
 from oplora.report.comparison import Comparison
-from oplora.report.page import Section, Table, write_report
+from oplora.report.page import Part, Row, Section, Table, write_report
 
 DEVIATIONS = Path(__file__).resolve().parents[2] / "results" / "paper" / "deviations.yaml"
 
 
-PARTS = (mf, sdxl, vl_bart, llava_cars, commonsense)  # section(records), comparisons(records)
-
-
-def build(runs_dir: Path) -> list[Section]:
-    """All sections for which there are finished runs below `runs_dir`."""
-    if not runs_dir.is_dir():
-        raise ValueError(f"{runs_dir} is no folder: give the folder that holds the runs")
-    records, problems = load_runs(runs_dir)
-    records = provenance.noted(records)
-    sections = [found for part in PARTS if (found := part.section(records)) is not None]
-    if not sections:
-        raise ValueError(f"no finished run below {runs_dir}: run `make reproduce` first")
-    compared = comparisons(records)
-    studies = mf.studies(records)
-    folders = [runs_dir / "benchmarks", runs_dir.resolve().parent / "benchmarks"]
-    speed = next(filter(None, map(benchmarks.section, folders)), None)
-    return [
-        claims.section(compared, mf.complete(studies)),
-        across.section(compared, studies),
-        *sections,
-        *([speed] if speed else []),
-        deviations(),
-        provenance.section(runs_dir, records, problems),
-    ]
+def experiments() -> list:
+    """EXPERIMENT of every room of oplora.studies that has a module `report`, in its order."""
+    studies = importlib.import_module("oplora.studies")
+    rooms = {
+        path.parent.name
+        for folder in studies.__path__
+        for path in [*Path(folder).glob("*/report.py"), *Path(folder).glob("*/report")]
+    }
+    modules = [importlib.import_module(f"oplora.studies.{room}.report") for room in rooms]
+    return sorted((m.EXPERIMENT for m in modules), key=lambda e: (e.order, e.name))
 
 
 def comparisons(records: list[Record]) -> list[Comparison]:
     """Of all fine-tuning experiments."""
-    parts = [part for part in PARTS if hasattr(part, "comparisons")]
-    return [c for part in parts for c in part.comparisons(records)]
+    return [c for experiment in experiments() for c in experiment.read(records).comparisons]
 
 
-def render(runs_dir: Path, out: Path) -> Path:
-    """Render all runs below `runs_dir`; the path of the index.html written."""
-    return write_report("OP-LoRA: results", build(runs_dir), out)
+@dataclass(frozen=True)
+class Report:
+    """Everything that is shown of the runs below `root`."""
+
+    root: Path
+    records: list[Record]
+    problems: list[str]  # of runs that are left out
+
+    @cached_property
+    def results(self) -> list:
+        """Of every experiment: its comparisons, section, claims, standings and sweeps."""
+        return [experiment.read(self.records) for experiment in experiments()]
+
+    @cached_property
+    def claims(self) -> list[claims.Claim]:
+        """All claims of the paper, judged or waiting for runs, as the page shows them."""
+        compared = [c for results in self.results for c in results.comparisons]
+        own = [claim for results in self.results for claim in results.claims()]
+        return [
+            claims.consistent(compared),
+            *sorted(own, key=lambda claim: claim.order),
+            *claims.general(compared, experiments()[-1].name),
+        ]
+
+    @cached_property
+    def sections(self) -> list[Section]:
+        """ValueError where nothing was run."""
+        own = [section for results in self.results if (section := results.section())]
+        if not own:
+            raise ValueError(f"no finished run below {self.root}: run `make reproduce` first")
+        folders = [self.root / "benchmarks", self.root.resolve().parent / "benchmarks"]
+        speed = next(filter(None, map(benchmarks.section, folders)), None)
+        return [
+            claims.page(self.claims),
+            across.section(
+                [c for results in self.results for c in results.comparisons],
+                [row for results in self.results for row in results.standings()],
+                [sweep for results in self.results for sweep in results.sweeps()],
+                [method for experiment in experiments() for method in experiment.stand_ins],
+            ),
+            *own,
+            *([speed] if speed else []),
+            deviations(),
+            provenance.section(self.root, self.records, self.problems),
+        ]
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for section in self.sections for part in section.parts]
+
+    def write(self, out: Path) -> Path:
+        """All files of it; the path of the index.html written."""
+        path = write_report("OP-LoRA: results", self.sections, out)
+        tables = [part for part in self.parts if isinstance(part, Table)]
+        provenance.write_runs(self.root, self.records, tables, out / "tables")
+        return path
+
+
+def build(runs_dir: Path) -> Report:
+    """The report of all finished runs below `runs_dir`."""
+    if not runs_dir.is_dir():
+        raise ValueError(f"{runs_dir} is no folder: give the folder that holds the runs")
+    records, problems = load_runs(runs_dir)
+    return Report(runs_dir, provenance.noted(records), problems)
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
@@ -78,7 +116,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 def deviations() -> Section:
     """Contradictions and gaps of the paper, with the choice made here and its switch."""
-    rows = pandas.DataFrame(yaml.safe_load(DEVIATIONS.read_text(encoding="utf-8")))
+    rows = list(map(Row, yaml.safe_load(DEVIATIONS.read_text(encoding="utf-8"))))
     caption = (
         "Each choice is a default in configs/; the switch is an override where a method has it."
     )

@@ -1,22 +1,20 @@
 """The claims page: every claim of the paper with its scope, the evidence here and a verdict.
 
-A claim is a sentence, where it stands, and a rule of report.rules (matrix factorization: of
-report.mf.claims). The evidence is computed from the runs; nothing is typed in.
+A thesis is a sentence, where it stands, and a rule (of report.rules, or of an experiment's own).
+Judged at one scope it becomes a claim. The evidence is computed from the runs; nothing is typed in.
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pandas
 
-from oplora.report import rules
-from oplora.report.across import one_per_scale
-from oplora.report.comparison import PLACES, Comparison, command
-from oplora.report.mf.claims import claims as mf_claims
-from oplora.report.mf.study import Study
-from oplora.report.page import Link, Section, Statement, Table
+from oplora.harness.runs import Record
+from oplora.report import rules, titles
+from oplora.report.comparison import Comparison, one_per_scale, rates_command
+from oplora.report.page import Link, Row, Section, Statement, Table
 from oplora.report.rules import (
     FAILS,
     HOLDS,
@@ -26,8 +24,8 @@ from oplora.report.rules import (
     VERDICTS,
     Finding,
 )
+from oplora.report.titles import Scope
 
-COLUMNS = ["claim", "scope", "verdict", "evidence here", "source", "figure", "to be run"]
 PAIRS = {"oplora": "lora", "opdora": "dora"}
 RULES = (
     "Rules. Every method stands at its own best learning rate, chosen on validation data. A gain "
@@ -44,207 +42,197 @@ RULES = (
 
 @dataclass(frozen=True)
 class Claim:
-    """experiment None: judged wherever there are runs (of a sweep, if it is about rates).
-
-    scores: judged for every score of these runs.
-    """
+    """A sentence judged at one scope: a row of the claims page."""
 
     text: str
-    source: str
+    section: str  # of the paper, or who says so
+    scope: Scope
+    verdict: str
+    evidence: str = "—"
+    figure: str | None = None
+    command: str | None = None  # that makes the missing runs
+    where: str | None = None  # the learning rates at which it holds, where that is told
+    constructed: bool = False  # holds by construction: not counted
+    order: int = 0  # on the page; of the same order: by experiment
+    runs: Sequence[Record] = ()
+
+    @classmethod
+    def of(cls, text: str, section: str, scope: Scope, finding: Finding, **options) -> "Claim":
+        return cls(text, section, scope, **vars(finding), **options)
+
+    def row(self) -> Row:
+        where = f"; where: {self.where}" if self.where else ""
+        cells = {
+            "claim": self.text,
+            "scope": str(self.scope),
+            "verdict": self.verdict,
+            "evidence here": self.evidence + where,
+            "source": self.section,
+            "figure": Link(self.figure) if self.figure else None,
+            "to be run": self.command,
+        }
+        return Row(cells, self.runs)
+
+
+@dataclass(frozen=True)
+class Thesis:
+    """A sentence and the rule that judges it for any comparison."""
+
+    text: str
+    section: str
     rule: Callable[[Comparison], Finding]
-    methods: tuple[str, ...]
-    experiment: str | None = None
-    scores: bool = False
+    methods: tuple[str, ...]  # whose runs it needs
+    every_score: bool = False  # judged for every score of the same runs, else for the first
+    needs_own_sweep: bool = False  # judged only where the rates were swept on the same data
+    constructed: bool = False
+    order: int = 0
+
+    def claims(self, comparisons: Iterable[Comparison]) -> list[Claim]:
+        found = comparisons if self.every_score else one_per_scale(comparisons)
+        return [
+            Claim.of(
+                self.text,
+                self.section,
+                c.scope.of(unit=c.unit if self.every_score else ""),
+                self.rule(c),
+                constructed=self.constructed,
+                order=self.order,
+                runs=c.runs_of(*self.methods),
+            )
+            for c in found
+            if c.own_sweep or not self.needs_own_sweep
+        ]
+
+    def waiting(self, scope: Scope, experiment: str, preset: str) -> Claim:
+        command = rates_command(experiment, preset, self.methods)
+        return Claim(self.text, self.section, scope, NOT_RUN, command=command, order=self.order)
 
 
-def _better(text: str, source: str, experiment: str, method: str, base: str) -> Claim:
-    rule = partial(rules.better, method=method, base=base)
-    return Claim(text, source, rule, (base, method), experiment, scores=True)
+def compared(
+    text: str, section: str, rule: Callable, method: str, base: str, **options: Any
+) -> Thesis:
+    """A thesis about a method and another one; rule(comparison, method, base)."""
+    judge = partial(rule, method=method, base=base)
+    return Thesis(text, section, judge, (base, method), **options)
 
 
-def _general(text: str, source: str, rule: Callable, *methods: str, **options: str) -> Claim:
-    return Claim(text, source, partial(rule, **options), methods)
+def better(text: str, section: str, method: str, base: str) -> Thesis:
+    """Judged for every score."""
+    return compared(text, section, rules.better, method, base, every_score=True)
 
 
-CLAIMS = [
-    _better("OP-LoRA is better than LoRA", "5.1, Table 1", "sdxl", "oplora", "lora"),
-    _better("OP-DoRA is better than DoRA", "5.1, Table 1", "sdxl", "opdora", "dora"),
-    _better("LoRA is better than DoRA", "5.1 (not Table 1)", "sdxl", "lora", "dora"),
-    _better("LoRA is better than PiSSA", "5.1 (not Table 1)", "sdxl", "lora", "pissa"),
-    _better("OP-LoRA is better than LoRA", "5.2, Table 3", "vl_bart", "oplora", "lora"),
-    _better("OP-DoRA is better than DoRA", "5.2, Table 3", "vl_bart", "opdora", "dora"),
-    Claim(
-        "OP-LoRA gains over LoRA as much as DoRA does", "5.2",
-        partial(rules.not_worse, method="oplora", base="dora"), ("dora", "oplora"), "vl_bart",
-    ),
-    _better("OP-LoRA is better than LoRA", "5.3, Table 4", "llava_cars", "oplora", "lora"),
-    _better("OP-LoRA is better than LoRA", "5.4, Table 2", "commonsense", "oplora", "lora"),
-    _better("OP-DoRA is better than DoRA", "5.4, Table 2", "commonsense", "opdora", "dora"),
-    Claim(
-        "OP-DoRA's best seed is better than DoRA's", "5.4, Table 2",
-        partial(rules.best_seed, method="opdora", base="dora"), ("dora", "opdora"), "commonsense",
-    ),
-    Claim(
-        "Performance is an inverted U over the MLP's width", "5.5, Figure 6",
-        partial(rules.inverted_u, method="opdora"), ("opdora",), "vl_bart",
-    ),
-    Claim(
-        "Width 1 is too little, else the trend is flat", "5.5, Figure 6",
-        partial(rules.flat_beyond_one, method="opdora"), ("opdora",), "commonsense",
-    ),
-    _general("OP-LoRA converges faster than LoRA", "1, Figure 1d", rules.sooner,
-             "lora", "oplora", method="oplora", base="lora"),
-    _general("OP-LoRA is less sensitive to the learning rate", "v2", rules.less_sensitive,
-             "lora", "oplora", method="oplora", base="lora"),
-    _general("OP-DoRA is less sensitive to the learning rate", "v2", rules.less_sensitive,
-             "dora", "opdora", method="opdora", base="dora"),
-    _general("OP-LoRA at half of LoRA's rank is as good", "v2", rules.half_the_rank,
-             "lora", "oplora"),
-    _general("No cost at inference: the MLP is discarded", "1, v2", rules.ships_the_same,
-             "lora", "oplora", method="oplora", base="lora"),
-    _general("The MLP has about as many times the adapter's parameters as its width", "4",
-             rules.width_times,
-             "oplora", method="oplora"),
-    _general("Less wall time than custom optimizers", "v2", rules.quicker,
-             "oplora", "lora_pro", "lora_rite", method="oplora", others=("lora_pro", "lora_rite")),
-    Claim(
-        "Control: OP-LoRA is better than LoRA with its step sizes and first A", "not the paper's",
-        partial(rules.better, method="oplora", base="lora_matched_mlp_start"),
-        ("lora_matched_mlp_start", "oplora"), scores=True,
-    ),
-    _general("LoRA+ is better than LoRA", "LoRA+", rules.better,
-             "lora", "loraplus", method="loraplus", base="lora"),
-    _general("LoRA+ converges faster than LoRA", "LoRA+", rules.sooner,
-             "lora", "loraplus", method="loraplus", base="lora"),
-]  # fmt: skip
+GENERAL = (  # judged wherever there are runs
+    compared("OP-LoRA converges faster than LoRA", "1, Figure 1d", rules.sooner, "oplora", "lora"),
+    compared("OP-LoRA is less sensitive to the learning rate", "v2", rules.less_sensitive,
+             "oplora", "lora", needs_own_sweep=True),
+    compared("OP-DoRA is less sensitive to the learning rate", "v2", rules.less_sensitive,
+             "opdora", "dora", needs_own_sweep=True),
+    Thesis("OP-LoRA at half of LoRA's rank is as good", "v2", rules.half_the_rank,
+           ("lora", "oplora")),
+    compared("No cost at inference: the MLP is discarded", "1, v2", rules.ships_the_same,
+             "oplora", "lora", constructed=True),
+    Thesis("The MLP has about as many times the adapter's parameters as its width", "4",
+           partial(rules.width_times, method="oplora"), ("oplora",), constructed=True),
+    Thesis("Less wall time than custom optimizers", "v2",
+           partial(rules.quicker, method="oplora", others=("lora_pro", "lora_rite")),
+           ("oplora", "lora_pro", "lora_rite")),
+    better("Control: OP-LoRA is better than LoRA with its step sizes and first A",
+           "not the paper's", "oplora", "lora_matched_mlp_start"),
+    compared("LoRA+ is better than LoRA", "LoRA+", rules.better, "loraplus", "lora"),
+    compared("LoRA+ converges faster than LoRA", "LoRA+", rules.sooner, "loraplus", "lora"),
+)  # fmt: skip
+WITHOUT_EXPERIMENT = ("OP-LoRA is better on GLUE", "DreamBench: DINO 0.69")  # of v2
 
 
-CONSTRUCTED = {c.text for c in CLAIMS if c.rule.func in (rules.ships_the_same, rules.width_times)}
-
-
-def section(comparisons: list[Comparison], complete: dict[str, dict[str, Study]]) -> Section:
-    """The whole page; `complete`: optimizers with runs of both MF and OP-MF."""
-    rows = table(comparisons, complete)
-    judged = rows["verdict"] != NOT_RUN
-    counts = rows.loc[judged & ~rows["claim"].isin(CONSTRUCTED), "verdict"].value_counts()
-    shown = ", ".join(f"{counts[v]} × {v}" for v in VERDICTS if v in counts)
-    statement = (
-        f"Claims judged here, one by one and scale by scale: {shown or 'none yet'}; two that hold "
-        "by construction are not counted (the parameters of the adapter and of the MLP)."
-    )
-    done = Table(
-        "claims",
-        "Claims of sections 1, 4 and 5, of v2's abstract and of LoRA+'s as far as compared.",
-        rows.loc[judged, COLUMNS[:-1]],
-        text=True,
-    )
-    todo = Table(
-        "claims_open",
-        "Claims that wait for runs, with the command that makes them.",
-        rows.loc[~judged].drop(columns=["verdict", "figure"]),
-        text=True,
-    )
-    tables = [[done, RULES] if judged.any() else [], [todo] if not judged.all() else []]
-    parts = [Statement("claims_counts", statement), *tables[0], *tables[1]]
-    return Section("What holds of the paper", parts)
-
-
-def table(comparisons: list[Comparison], complete: dict[str, dict[str, Study]]) -> pandas.DataFrame:
-    rows = [consistent(comparisons), *_matrix_factorization(complete)]
-    for claim in CLAIMS:
-        rows += _rows(claim, comparisons)
-    rows += [_row(text, "v2", "—", Finding(NOT_RUN, "no experiment of it here"))
-             for text in ("OP-LoRA is better on GLUE", "DreamBench: DINO 0.69")]  # fmt: skip
-    return pandas.DataFrame(rows, columns=COLUMNS, dtype=object)  # keeps links
-
-
-def short(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """For the README: claims by verdicts, with the scopes in the cells."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for claim, scope, verdict in rows[["claim", "scope", "verdict"]].itertuples(index=False):
-        name = re.sub(r",[^(]*", " ", scope).strip()  # without what the models are trained on
-        found.setdefault(claim, {}).setdefault(verdict, []).append(name)
-    columns = [verdict for verdict in VERDICTS if verdict in set(rows["verdict"])]
-    table = [
-        {"claim": claim} | {v: ", ".join(dict.fromkeys(names)) for v, names in by_verdict.items()}
-        for claim, by_verdict in found.items()
+def of_experiment(
+    theses: Iterable[Thesis], experiment: str, comparisons: Sequence[Comparison]
+) -> list[Claim]:
+    """The claims about one experiment, at each of its presets, run or not."""
+    presets = dict.fromkeys([*titles.presets(experiment), *(c.preset for c in comparisons)])
+    return [
+        claim
+        for thesis in theses
+        for preset in presets
+        for claim in thesis.claims([c for c in comparisons if c.preset == preset])
+        or [thesis.waiting(titles.preset(experiment, preset), experiment, preset)]
     ]
-    return pandas.DataFrame(table, columns=["claim", *columns])
 
 
-def consistent(comparisons: list[Comparison]) -> list:
+def general(comparisons: Sequence[Comparison], experiment: str) -> list[Claim]:
+    """The claims about all experiments; those without any run can be judged by `experiment`."""
+    found = [
+        claim
+        for thesis in GENERAL
+        for claim in thesis.claims(comparisons)
+        or [thesis.waiting(Scope("any"), experiment, "small")]
+    ]
+    nowhere = Finding(NOT_RUN, "no experiment of it here")
+    return found + [Claim.of(text, "v2", Scope("—"), nowhere) for text in WITHOUT_EXPERIMENT]
+
+
+def consistent(comparisons: Sequence[Comparison]) -> Claim:
     """The paper's main claim: OP is better than its counterpart in every experiment.
 
     Holds if all comparisons that were run do (two experiments at least; of several scores of the
     same runs the first), in a range if the others hold in one; does not hold if any does not.
     """
-    found = [
-        (c.experiment, rules.better(c, method, base).verdict)
+    judged = [
+        (c, method, verdict)
         for c in one_per_scale(comparisons)
         for method, base in PAIRS.items()
+        if (verdict := rules.better(c, method, base).verdict) != NOT_RUN
     ]
-    judged = [(experiment, verdict) for experiment, verdict in found if verdict != NOT_RUN]
-    verdicts = [verdict for _, verdict in judged]
-    if len({experiment for experiment, _ in judged}) < 2:
+    verdicts = [verdict for *_, verdict in judged]
+    if len({c.experiment for c, *_ in judged}) < 2:
         finding = Finding(NOT_RUN, f"{len(judged)} comparisons", command="make reproduce")
     else:
         counts = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICTS if v in verdicts)
         verdict = next(v for v in (FAILS, UNTESTABLE, IN_A_RANGE, HOLDS) if v in verdicts)
         finding = Finding(verdict, f"OP-LoRA over LoRA and OP-DoRA over DoRA: {counts}")
-    return _row("OP's gains are consistent across domains", "abstract, 1", "all", finding)
+    text = "OP's gains are consistent across domains"
+    runs = [r for c, method, _ in judged for r in c.runs_of(method, PAIRS[method])]
+    return Claim.of(text, "abstract, 1", Scope("all"), finding, runs=runs)
 
 
-def _rows(claim: Claim, comparisons: list[Comparison]) -> list[list]:
-    found = comparisons if claim.scores else one_per_scale(comparisons)
-    if claim.experiment is None:
-        if claim.rule.func is rules.less_sensitive:
-            found = [c for c in found if c.own_sweep]
-        judged = [_judged(claim, c) for c in found]
-        todo = Finding(NOT_RUN, command=command("commonsense", "small", claim.methods))
-        return judged or [_row(claim.text, claim.source, "any", todo)]
-    rows = []
-    for preset, scope in PLACES[claim.experiment].items():
-        here = [c for c in found if (c.experiment, c.preset) == (claim.experiment, preset)]
-        rows += [_judged(claim, c) for c in here]
-        if not here:
-            todo = Finding(NOT_RUN, command=command(claim.experiment, preset, claim.methods))
-            rows.append(_row(claim.text, claim.source, scope, todo))
-    return rows
+def page(claims: Sequence[Claim]) -> Section:
+    """The claims that are judged, with their counts, and those that wait for runs."""
+    judged = [claim for claim in claims if claim.verdict != NOT_RUN]
+    waiting = [claim for claim in claims if claim.verdict == NOT_RUN]
+    parts = [Statement("claims_counts", counts(judged))]
+    if judged:
+        caption = (
+            "Claims of sections 1, 4 and 5, of v2's abstract and of LoRA+'s as far as compared."
+        )
+        columns = ("claim", "scope", "verdict", "evidence here", "source", "figure")
+        rows = [claim.row() for claim in judged]
+        parts += [Table("claims", caption, rows, columns, text=True), RULES]
+    if waiting:
+        caption = "Claims that wait for runs, with the command that makes them."
+        columns = ("claim", "scope", "evidence here", "source", "to be run")
+        rows = [claim.row() for claim in waiting]
+        parts.append(Table("claims_open", caption, rows, columns, text=True))
+    return Section("What holds of the paper", parts)
 
 
-def _judged(claim: Claim, c: Comparison) -> list:
-    scope = f"{c.scope} ({c.metric})" if claim.scores else c.scope
-    return _row(claim.text, claim.source, scope, claim.rule(c))
+def counts(judged: Iterable[Claim]) -> str:
+    verdicts = [claim.verdict for claim in judged if not claim.constructed]
+    shown = ", ".join(f"{verdicts.count(v)} × {v}" for v in VERDICTS if v in verdicts)
+    return (
+        f"Claims judged here, one by one and scale by scale: {shown or 'none yet'}; two that hold "
+        "by construction are not counted (the parameters of the adapter and of the MLP)."
+    )
 
 
-def _matrix_factorization(complete: dict[str, dict[str, Study]]) -> list[list]:
-    scope = "matrix factorization, the paper's scale"
-    if not complete:
-        finding = Finding(NOT_RUN, command="make reproduce")
-        return [_row("All claims of section 4.1", "4.1", scope, finding)]
-    rows = []
-    for found in mf_claims(complete).to_dict("records"):
-        text, measured = found["claim"], found["measured"]
-        if isinstance(found["range"], str):
-            measured += f"; where: {found['range']}"
-        source = "not the paper's" if text.startswith("Control") else "4.1"
-        source = "v2" if "v2" in text else source
-        finding = Finding(found["verdict"], measured, _mf_figure(text))
-        rows.append(_row(text, source, scope, finding))
-    return rows
-
-
-def _mf_figure(text: str) -> str:
-    figures = {
-        "gradient": "figure3",
-        "effective rank": "figure3",
-        "Figure 4": "figure4",
-        "step": "step_size",
-        "sensitive": "sensitivity",
-    }
-    return next((name for word, name in figures.items() if word in text), "figure2")
-
-
-def _row(text: str, source: str, scope: str, finding: Finding) -> list:
-    figure = Link(finding.figure) if finding.figure else None
-    return [text, scope, finding.verdict, finding.evidence, source, figure, finding.command]
+def short(claims: Iterable[Claim]) -> pandas.DataFrame:
+    """For the README: claims by verdicts, with the scopes in the cells."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for claim in claims:
+        if claim.verdict != NOT_RUN:
+            scopes = found.setdefault(claim.text, {}).setdefault(claim.verdict, [])
+            scopes.append(claim.scope.short)
+    rows = [
+        {"claim": text} | {v: ", ".join(dict.fromkeys(names)) for v, names in by_verdict.items()}
+        for text, by_verdict in found.items()
+    ]
+    verdicts = [v for v in VERDICTS if any(v in by_verdict for by_verdict in found.values())]
+    return pandas.DataFrame(rows, columns=["claim", *verdicts])

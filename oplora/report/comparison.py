@@ -1,56 +1,56 @@
 """Fine-tuning methods beside one another: one experiment at one scale, each at its best rate."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from oplora.harness.runs import Record
-from oplora.report.methods import Sweep, by_method, chosen_rates, rates_of, trained
+from oplora.report import titles
 from oplora.report.statistics import mean_interval
+from oplora.report.titles import Scope, by_method, in_order, method_of
 
 TOLERANCE = 1.05  # a rate is good if its validation loss is within 5% of the best
-PLACES = {  # experiment → preset → what is trained on what
-    "commonsense": {"paper": "LLaMA-7B, eight tasks", "small": "SmolLM2-135M, eight tasks"},
-    "vl_bart": {"paper": "BART-base, four tasks", "small": "tiny BART, easy-vqa"},
-    "sdxl": {"paper": "SDXL 1.0, Naruto and WikiArt", "small": "tiny SDXL, emoji"},
-    "llava_cars": {"paper": "LLaVA-1.5-7B, Stanford Cars", "small": "tiny LLaVA, emoji"},
-}
+Sweep = dict[str, dict[float, list[float]]]  # method → learning rate → one value per seed
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that may be compared. `loss` chooses the learning rates, `score` is the test's figure.
+    """Runs that may be compared. `loss` chooses the learning rates, `score` is the test's result.
 
-    Scores come out in the unit of the paper's table: points, or a distance. swept: the runs that
-    choose the rates, where they are others than `records`.
+    Scores come out in the unit of the paper's table: points, or a distance.
     """
 
     experiment: str
     preset: str
-    name: str  # of its tables and pictures
+    name: str  # of its tables and figures
     records: list[Record]
     loss: Callable[[Record], float | None]
     score: Callable[[Record], float | None]
-    metric: str
+    unit: str  # of the score
     digits: int = 1
     higher: bool = True  # is a higher score better?
-    every: list[Record] | None = None  # with those of other ranks and widths, if there are any
-    swept: list[Record] | None = None
-    sweep_name: str | None = None  # of the picture of a sweep that several share
+    cited: Mapping[str, float] = field(default_factory=dict)  # method → the paper's score
+    every: Sequence[Record] = ()  # with the runs of other ranks and widths, if there are any
+    swept: list[Record] | None = None  # what chooses the rates, if not `records`
+    sweep_name: str | None = None  # of the figure of a sweep that several share
     swept_elsewhere: bool = False  # were the rates chosen on another data set?
     unfit: str = ""  # why its scores cannot tell methods apart, if so
     variant: str = ""  # what tells it from others of its experiment and preset
-    cited: dict[str, float] = field(default_factory=dict)  # method → the paper's score
+    override: str = ""  # of the command that makes more runs of it
 
     @property
-    def scope(self) -> str:
-        place = PLACES[self.experiment][self.preset]
-        return f"{place}, {self.variant}" if self.variant else place
+    def scope(self) -> Scope:
+        return titles.preset(self.experiment, self.preset).of(variant=self.variant)
 
     @cached_property
     def sweep(self) -> Sweep:
-        return rates_of(self.records if self.swept is None else self.swept, self.loss)
+        return rates_of(self.sweep_runs, self.loss)
+
+    @property
+    def sweep_runs(self) -> list[Record]:
+        return self.records if self.swept is None else self.swept
 
     @property
     def own_sweep(self) -> bool:
@@ -64,18 +64,19 @@ class Comparison:
 
     @cached_property
     def at_best(self) -> dict[str, list[Record]]:
-        """The runs of every method at its chosen rate; where there was no sweep, at any.
+        """The runs of every method at its chosen rate.
 
         Runs of the sweep, which have no score, stand in only where a method has no others.
         """
-        at = [
-            r for r in trained(self.records)
-            if self.chosen.get(r.config["method"]["name"], r.config["lr"]) == r.config["lr"]
-        ]  # fmt: skip
         return {
             method: [r for r in runs if self.score(r) is not None] or runs
-            for method, runs in by_method(at).items()
+            for method, runs in by_method(self.at_chosen_rate(self.records)).items()
         }
+
+    def at_chosen_rate(self, records: Iterable[Record]) -> list[Record]:
+        """Those at their method's chosen rate, or at any where there was no sweep of it."""
+        found = trained(records)
+        return [r for r in found if r.config["lr"] == self.chosen.get(method_of(r), r.config["lr"])]
 
     def scores(self, method: str) -> dict[int, float]:
         """Seed → score of a method at its chosen rate."""
@@ -84,7 +85,7 @@ class Comparison:
 
     def records_of(self, method: str) -> list[Record]:
         """All runs of a method that did not diverge."""
-        return [r for r in trained(self.records) if r.config["method"]["name"] == method]
+        return [r for r in trained(self.records) if method_of(r) == method]
 
     def sweep_seeds(self, *methods: str) -> int:
         """With how many seeds at least the rates of these methods were swept."""
@@ -92,12 +93,12 @@ class Comparison:
 
     @property
     def rates_figure(self) -> str:
-        """The picture of the sweep, which may serve several comparisons."""
+        """The name of the sweep's figure, which may serve several comparisons."""
         return self.sweep_name or f"{self.name}_rates"
 
     @property
     def rank(self) -> int:
-        return (self.records or self.swept)[0].config["rank"]
+        return (self.records or self.sweep_runs)[0].config["rank"]
 
     def scores_at(self, method: str, **options) -> dict[int, float]:
         """Seed → score at the chosen rate, with another rank or mlp_width."""
@@ -105,14 +106,14 @@ class Comparison:
         return {
             r.config["seed"]: s
             for r in trained(self.every or self.records)
-            if r.config["method"]["name"] == method
+            if method_of(r) == method
             and all(r.config[key] == value for key, value in wanted.items() if value is not None)
             and (s := self.score(r)) is not None
         }
 
     def by_width(self, method: str) -> dict[int, dict[int, float]]:
         """Width of the MLP → seed → score, at the rate chosen for the usual width."""
-        runs = [r for r in self.every or self.records if r.config["method"]["name"] == method]
+        runs = [r for r in self.every or self.records if method_of(r) == method]
         scores = {
             width: self.scores_at(method, rank=self.rank, mlp_width=width)
             for width in sorted({r.config["mlp_width"] for r in runs})
@@ -129,24 +130,40 @@ class Comparison:
         """Learning rate → mean validation loss; infinite where a run diverged."""
         return {rate: mean_interval(v)[0] for rate, v in self.sweep.get(method, {}).items()}
 
-    def command(self, *methods: str) -> str:
-        """What makes missing runs of these methods; seeds are run on this data set."""
-        text = command(self.experiment, self.preset, methods, self.chosen)
-        own = self.experiment == "sdxl" and "sweep_seeds" in text
-        return f"{text} dataset={self.variant}" if own else text
+    def command(self, *methods: str, sweep: str = "seeds") -> str:
+        """What makes missing runs of these methods: scripts/sweep_<sweep>.sh at the chosen rates.
+
+        Of methods whose rate is not known, first the sweep that chooses it.
+        """
+        unknown = [method for method in methods if method not in self.chosen]
+        if unknown:
+            return rates_command(self.experiment, self.preset, unknown)
+        at = " ".join(f"{method}={self.chosen[method]:g}" for method in methods)
+        text = f"scripts/sweep_{sweep}.sh {self.experiment} {at}{_scale(self.preset)}"
+        return f"{text} {self.override}" if self.override else text
+
+    def runs_of(self, *methods: str) -> list[Record]:
+        """Every run of these methods: of the sweep, of other ranks and widths, diverged ones."""
+        every = {str(r.path): r for r in (*self.sweep_runs, *self.records, *self.every)}
+        return [r for r in every.values() if method_of(r) in methods]
 
 
-def command(
-    experiment: str, preset: str, methods: Sequence[str], chosen: Mapping[str, float] | None = None
-) -> str:
-    """What makes the runs that are missing: a sweep of rates, then seeds at the chosen ones."""
-    scale = "" if preset == "small" else f" preset={preset}"
-    rates = {method: (chosen or {}).get(method) for method in methods}
-    unknown = [method for method, rate in rates.items() if rate is None]
-    if unknown:
-        return f"scripts/sweep_learning_rates.sh {experiment}{scale} method={','.join(unknown)}"
-    at = " ".join(f"{method}={rate:g}" for method, rate in rates.items())
-    return f"scripts/sweep_seeds.sh {experiment} {at}{scale}"
+def rates_command(experiment: str, preset: str, methods: Sequence[str]) -> str:
+    """The sweep of these methods' learning rates."""
+    scale = _scale(preset)
+    return f"scripts/sweep_learning_rates.sh {experiment}{scale} method={','.join(methods)}"
+
+
+def _scale(preset: str) -> str:
+    return "" if preset == "small" else f" preset={preset}"  # small: the scripts' default
+
+
+def one_per_scale(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Where runs have several scores, the first."""
+    found: dict[str, Comparison] = {}
+    for c in comparisons:
+        found.setdefault(c.name, c)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -203,7 +220,7 @@ def main_rank(records: list[Record]) -> int | None:
     """The rank at which most methods were run."""
     methods: dict[int, set[str]] = {}
     for r in records:
-        methods.setdefault(r.config["rank"], set()).add(r.config["method"]["name"])
+        methods.setdefault(r.config["rank"], set()).add(method_of(r))
     return max(methods, key=lambda rank: len(methods[rank]), default=None)
 
 
@@ -215,8 +232,49 @@ def usual(record: Record, records: list[Record]) -> bool:
     if record.config["rank"] != main_rank(records):
         return False
     widths = record.config.get("widths")
-    name = record.config["method"]["name"]
+    name = method_of(record)
     if widths is not None:
         return record.config["mlp_width"] == widths.get(name, widths["default"])
-    every = [r.config["mlp_width"] for r in records if r.config["method"]["name"] == name]
+    every = [r.config["mlp_width"] for r in records if method_of(r) == name]
     return record.config["mlp_width"] == Counter(every).most_common(1)[0][0]
+
+
+def trained(records: Iterable[Record]) -> list[Record]:
+    """Those that did not diverge."""
+    return [r for r in records if "diverged" not in r.metrics]
+
+
+def rates_of(records: list[Record], value: Callable[[Record], float | None]) -> Sweep:
+    """What the learning rates are chosen by, None where a run has none; a diverged run is infinite.
+
+    Of every method only the seeds that all its rates have: a rate that was run with more seeds
+    afterwards must not be judged by others than its rivals. A rate without the seed that most
+    rates have is left out.
+    """
+    found: dict = defaultdict(lambda: defaultdict(dict))
+    for r in records:
+        number = value(r) if trained([r]) else math.inf
+        if number is not None:
+            found[method_of(r)][r.config["lr"]][r.config["seed"]] = number
+    sweep = {}
+    for method in in_order(found):
+        seeds = Counter(seed for by_seed in found[method].values() for seed in sorted(by_seed))
+        usual = seeds.most_common(1)[0][0]
+        rates = {lr: by_seed for lr, by_seed in found[method].items() if usual in by_seed}
+        shared = set.intersection(*(set(by_seed) for by_seed in rates.values()))
+        sweep[method] = {lr: [rates[lr][seed] for seed in sorted(shared)] for lr in sorted(rates)}
+    return sweep
+
+
+def chosen_rates(sweep: Sweep) -> dict[str, float]:
+    """The learning rate of every method whose values are lowest on average."""
+    return {
+        method: min(rates, key=lambda rate: mean_interval(rates[rate])[0])
+        for method, rates in sweep.items()
+    }
+
+
+def final_loss(record: Record) -> float | None:
+    """The last validation loss of a run."""
+    losses = record.metrics.get("validation_loss")
+    return losses[-1][1] if losses else None

@@ -3,47 +3,30 @@
 import base64
 import html
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas
 from matplotlib.figure import Figure
 
-from oplora.harness.runs import write_atomically
+from oplora.harness.runs import Record, write_atomically
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2a83; --part: #b803;
-  --bad: #c443; --link: light-dark(#0645ad, #8ab4f8); }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: auto; padding: 0 1rem 3rem;
-  overflow-wrap: break-word; }
-h1, h2 { line-height: 1.2; } h2 { border-bottom: 1px solid var(--line); margin-top: 2.5rem; }
-a { color: var(--link); }
-nav ul { columns: 18rem; padding-left: 1.2rem; }
-img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-.scroll { overflow-x: auto; max-height: 85vh; }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-table:not(.text) td:not(:first-child) { white-space: nowrap; }
-thead th { background: Canvas; position: sticky; top: 0; vertical-align: bottom; }
-table.text th, table.text td { text-align: left; vertical-align: top; min-width: 5rem; }
-td.holds { background: var(--good); } td.holds-in-a-range { background: var(--part); }
-td.does-not-hold { background: var(--bad); }
-p.caption { font-size: .85rem; opacity: .8; margin: 0 0 .3rem; }
-@media (max-width: 44rem) {  /* a row of sentences becomes a card */
-  .scroll:has(table.text) { max-height: none; }
-  table.text, table.text tbody, table.text tr, table.text td { display: block; }
-  table.text thead { display: none; }
-  table.text tr { border: 1px solid var(--line); border-radius: 4px; margin: .6rem 0; }
-  table.text td { border: 0; } table.text td:first-child { font-weight: bold; }
-  table.text td:not(:first-child)::before { content: attr(data-column) ": "; opacity: .7; }
-}
-figure { margin: 1.5rem 0; } figcaption { font-size: .85rem; opacity: .8; }
-"""
+STYLE = Path(__file__).with_name("page.css")
 
 
 class Link(str):
-    """In a table's cell: the name of a picture of the same report."""
+    """In a table's cell: the name of a figure of the same report."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells by column, and the runs that they were computed from."""
+
+    cells: dict[str, Any]
+    runs: Sequence[Record] = ()
 
 
 @dataclass
@@ -52,8 +35,19 @@ class Table:
 
     name: str  # file name without ending
     caption: str
-    rows: pandas.DataFrame
+    rows: list[Row]
+    columns: Sequence[str] | None = None  # default: all that the rows have
     text: bool = False  # columns of sentences, left-aligned
+    details: Collection[str] = ()  # columns that the README leaves out
+
+    @cached_property
+    def frame(self) -> pandas.DataFrame:
+        cells = [row.cells for row in self.rows]
+        return pandas.DataFrame(cells, columns=self.columns, dtype=object)  # keeps whole numbers
+
+    @property
+    def compact(self) -> pandas.DataFrame:
+        return self.frame[[column for column in self.frame if column not in self.details]]
 
 
 @dataclass
@@ -65,16 +59,19 @@ class Statement:
 
 
 @dataclass
-class Picture:
+class ReportFigure:
     name: str
     caption: str
-    figure: Figure
+    drawing: Figure
+
+
+Part = str | Statement | Table | ReportFigure
 
 
 @dataclass
 class Section:
     title: str
-    parts: list[str | Statement | Table | Picture] = field(default_factory=list)  # in reading order
+    parts: list[Part] = field(default_factory=list)  # in reading order
 
 
 def write_report(title: str, sections: list[Section], out: Path) -> Path:
@@ -86,31 +83,36 @@ def write_report(title: str, sections: list[Section], out: Path) -> Path:
         markdown.append(f"## {section.title}")
         body.append(f'<h2 id="{_anchor(section)}">{html.escape(section.title)}</h2>')
         for part in section.parts:
-            if isinstance(part, str | Statement):
-                text = part if isinstance(part, str) else part.text
-                markdown.append(text)
-                body.append(f"<p>{html.escape(text)}</p>")
-            elif isinstance(part, Table):
-                part.rows.to_csv(out / "tables" / f"{part.name}.csv", index=False)
-                latex = part.rows.map(_cell).to_latex(index=False, escape=True)
-                write_atomically(out / "tables" / f"{part.name}.tex", latex)
-                markdown.append(f"{part.caption}\n\n{markdown_table(part.rows)}")
-                body.append(_html_table(part))
-            else:
-                png = _save(part.figure, out / "figures" / f"{part.name}.png")
-                markdown.append(f"![{part.caption}](figures/{part.name}.png)\n\n{part.caption}")
-                body.append(_html_figure(part, png))
+            in_markdown, in_html = _written(part, out)
+            markdown.append(in_markdown)
+            body.append(in_html)
     write_atomically(out / "report.md", "\n\n".join(markdown) + "\n")
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>\n"
+        f"<title>{html.escape(title)}</title><style>\n{STYLE.read_text()}</style></head><body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
     )
     write_atomically(out / "index.html", page)
     return out / "index.html"
+
+
+def _written(part: Part, out: Path) -> tuple[str, str]:
+    """A part in Markdown and in HTML; tables and figures are also written as files."""
+    if isinstance(part, str | Statement):
+        text = part if isinstance(part, str) else part.text
+        return text, f"<p>{html.escape(text)}</p>"
+    if isinstance(part, Table):
+        part.frame.to_csv(out / "tables" / f"{part.name}.csv", index=False)
+        latex = part.frame.map(_cell).to_latex(index=False, escape=True)
+        write_atomically(out / "tables" / f"{part.name}.tex", latex)
+        return f"{part.caption}\n\n{markdown_table(part.frame)}", _html_table(part)
+    png = out / "figures" / f"{part.name}.png"
+    part.drawing.savefig(png, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    text = f"![{part.caption}](figures/{part.name}.png)\n\n{part.caption}"
+    return text, _html_figure(part, png)
 
 
 def _contents(sections: list[Section]) -> str:
@@ -125,10 +127,10 @@ def _anchor(section: Section) -> str:
     return re.sub(r"\W+", "-", section.title.lower()).strip("-")
 
 
-def markdown_table(rows: pandas.DataFrame) -> str:
+def markdown_table(frame: pandas.DataFrame) -> str:
     """A GitHub table; no dependency needed for it."""
-    cells = [[_markdown_cell(value) for value in row] for row in rows.to_numpy()]
-    lines = [list(map(str, rows.columns)), ["---"] * len(rows.columns), *cells]
+    cells = [[_markdown_cell(value) for value in row] for row in frame.to_numpy()]
+    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -149,10 +151,10 @@ def _html_cell(column: str, value) -> str:
 
 
 def _html_table(table: Table) -> str:
-    columns = [str(column) for column in table.rows.columns]
+    columns = [str(column) for column in table.frame.columns]
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "\n".join(
-        f"<tr>{''.join(map(_html_cell, columns, row))}</tr>" for row in table.rows.to_numpy()
+        f"<tr>{''.join(map(_html_cell, columns, row))}</tr>" for row in table.frame.to_numpy()
     )
     style = ' class="text"' if table.text else ""
     return (
@@ -163,15 +165,10 @@ def _html_table(table: Table) -> str:
     )
 
 
-def _html_figure(picture: Picture, png: Path) -> str:
+def _html_figure(figure: ReportFigure, png: Path) -> str:
     data = base64.b64encode(png.read_bytes()).decode()
-    caption = html.escape(picture.caption)
+    caption = html.escape(figure.caption)
     return (
-        f'<figure id="{picture.name}"><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f'<figure id="{figure.name}"><img alt="{caption}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    return path

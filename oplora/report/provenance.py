@@ -2,13 +2,16 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas
 
 from oplora.harness.runs import Record
-from oplora.report.page import Section, Table
+from oplora.report.page import Row, Section, Table
+from oplora.report.titles import method_of
 
 LIBRARIES = ("torch", "transformers", "diffusers", "peft")
 
@@ -48,20 +51,67 @@ def section(root: Path, records: list[Record], problems: list[str]) -> Section:
         f"code revision {', '.join(revisions)}. † marks a method one of whose runs is noted below."
     )
     rows = listed(root, records, problems)
-    if rows.empty:
+    if not rows:
         return Section("Where the numbers come from", [text, "No run is noted or left out."])
     table = Table("noted_runs", "Runs that are noted, failed or left out.", rows, text=True)
     return Section("Where the numbers come from", [text, table])
 
 
-def listed(root: Path, records: list[Record], problems: list[str]) -> pandas.DataFrame:
+def listed(root: Path, records: list[Record], problems: list[str]) -> list[Row]:
     """One row per run: those left out (by load_runs), those that diverged, those with a note."""
-    rows = [dict(zip(("run", "what"), line.split(": ", 1), strict=True)) for line in problems]
-    rows = [row for row in rows if "uncommitted" not in row["what"]]  # a note says it, too
+    lines = [(*line.split(": ", 1), ()) for line in problems]
+    lines = [line for line in lines if "uncommitted" not in line[1]]  # a note says it, too
     for r in records:
-        name = str(r.path.relative_to(root))
+        name = run_id(root, r)
         if isinstance(r.metrics.get("diverged"), str):  # matrix factorization has it per rate
-            rows.append({"run": name, "what": f"failed: {r.metrics['diverged']}"})
+            lines.append((name, f"failed: {r.metrics['diverged']}", [r]))
         if "note" in r.environment:
-            rows.append({"run": name, "what": r.environment["note"]})
-    return pandas.DataFrame(sorted(rows, key=lambda row: row["run"]), columns=["run", "what"])
+            lines.append((name, r.environment["note"], [r]))
+    lines.sort(key=lambda line: line[0])
+    return [Row({"run": name, "what": what}, runs) for name, what, runs in lines]
+
+
+def run_id(root: Path, record: Record) -> str:
+    """The run's folder below the folder of all runs."""
+    return record.path.relative_to(root).as_posix()
+
+
+def runs_table(root: Path, records: Iterable[Record]) -> pandas.DataFrame:
+    """Every run with what identifies it, and its metrics as they were written.
+
+    Metrics that are lists (curves) stay in the run's metrics.json; nested ones get dotted names.
+    """
+    rows = []
+    for r in records:
+        named = {"experiment": r.config["experiment"], "preset": r.config["preset"]}
+        named |= {"method": method_of(r), "rate": r.config.get("lr")}
+        named |= {key: r.config.get(key) for key in ("seed", "rank")}
+        named["width"] = r.config.get("mlp_width")
+        rows.append({"run": run_id(root, r)} | named | dict(sorted(_scalars(r.metrics))))
+    return pandas.DataFrame(rows, dtype=object)
+
+
+def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}.")
+        elif value is not None and not isinstance(value, list):
+            yield prefix + key, value
+
+
+def write_runs(
+    root: Path, records: Iterable[Record], tables: Iterable[Table], folder: Path
+) -> None:
+    """runs.csv with all runs, and <table>.runs.csv with the runs behind each row of a table.
+
+    Rows are counted from 0, as they stand in the table's own CSV file.
+    """
+    runs_table(root, records).to_csv(folder / "runs.csv", index=False)
+    for table in tables:
+        behind = [
+            {"row": number, "run": run_id(root, r)}
+            for number, row in enumerate(table.rows)
+            for r in row.runs
+        ]
+        if behind:
+            pandas.DataFrame(behind).to_csv(folder / f"{table.name}.runs.csv", index=False)

@@ -6,9 +6,10 @@ stands at its own best learning rate.
 
 from dataclasses import dataclass
 
-from oplora.report.comparison import Comparison, command, good_rates
-from oplora.report.methods import name_of, shipped
+from oplora.report.comparison import Comparison, good_rates, rates_command
 from oplora.report.statistics import at_shared_steps, mean_interval
+from oplora.report.tables import shipped
+from oplora.report.titles import title
 
 HOLDS, IN_A_RANGE, FAILS = "holds", "holds in a range", "does not hold"
 UNTESTABLE, NOT_RUN = "not testable at this scale", "not run yet"
@@ -24,6 +25,7 @@ class Finding:
     evidence: str = "—"
     figure: str | None = None
     command: str | None = None
+    where: str | None = None  # the learning rates at which it holds, where that is told
 
 
 def missing(c: Comparison, *methods: str, evidence: str = "—") -> Finding:
@@ -86,13 +88,9 @@ def half_the_rank(c: Comparison) -> Finding:
     if not gains:
         if not {"lora", "oplora"} <= set(c.chosen):
             return missing(c, "lora", "oplora")
-        return Finding(NOT_RUN, command=_rank_command(c))
+        return Finding(NOT_RUN, command=c.command("lora", "oplora", sweep="rank"))
     text = f"gain of OP-LoRA at rank {c.rank // 2} over LoRA at rank {c.rank}: {interval(gains, c)}"
-    return _not_worse(c, gains, text, _rank_command(c))
-
-
-def _rank_command(c: Comparison) -> str:
-    return c.command("lora", "oplora").replace("sweep_seeds", "sweep_rank")
+    return _not_worse(c, gains, text, c.command("lora", "oplora", sweep="rank"))
 
 
 def _not_worse(c: Comparison, gains: list[float], text: str, command: str) -> Finding:
@@ -117,19 +115,15 @@ def less_sensitive(c: Comparison, method: str, base: str) -> Finding:
     if not (c.losses(method) and c.losses(base)):
         return missing(c, base, method)
     mine, theirs = good_rates(c.losses(method)), good_rates(c.losses(base))
-    evidence = f"within 5% of its own best: {name_of(method)} {mine}, {name_of(base)} {theirs}"
+    evidence = f"within 5% of its own best: {title(method)} {mine}, {title(base)} {theirs}"
     figure = c.rates_figure
     ratio, step = mine.factor / theirs.factor, 1.5 * max(mine.step, theirs.step)
     narrower = theirs if ratio > 1 else mine
     verdict = HOLDS if ratio > step else FAILS if ratio < 1 / step else UNTESTABLE
     if narrower.open:
         evidence += "; the narrower range reaches the edge of its grid"
-        return Finding(
-            NOT_RUN,
-            evidence,
-            figure,
-            f"{command(c.experiment, c.preset, (base, method))} lr=… (wider)",
-        )
+        wider = f"{rates_command(c.experiment, c.preset, (base, method))} lr=… (wider)"
+        return Finding(NOT_RUN, evidence, figure, wider)
     if verdict == UNTESTABLE:
         evidence += "; they differ by no more than a step of the grid"
     return Finding(verdict, evidence, figure)
@@ -147,7 +141,7 @@ def sooner(c: Comparison, method: str, base: str) -> Finding:
     last, goal = theirs[-1]
     first = next((step for step, loss in mine if loss <= goal), None)
     reached = "never" if first is None else f"at step {first}"
-    evidence = f"{name_of(base)}'s final validation loss ({goal:.3f}, step {last}): {reached}"
+    evidence = f"{title(base)}'s final validation loss ({goal:.3f}, step {last}): {reached}"
     if len(theirs) < CURVE_POINTS:
         evidence += f"; evaluated {len(theirs)} times only"
         return Finding(UNTESTABLE, evidence, f"{c.name}_curves")
@@ -163,9 +157,7 @@ def best_seed(c: Comparison, method: str, base: str) -> Finding:
     choose = max if c.higher else min
     tops = choose(mine.values()), choose(theirs.values())
     ahead = tops[0] > tops[1] if c.higher else tops[0] < tops[1]
-    evidence = (
-        f"best seed: {name_of(method)} {tops[0]:.2f}, {name_of(base)} {tops[1]:.2f} {c.metric}"
-    )
+    evidence = f"best seed: {title(method)} {tops[0]:.2f}, {title(base)} {tops[1]:.2f} {c.unit}"
     return Finding(HOLDS if ahead else FAILS, evidence)
 
 
@@ -205,14 +197,14 @@ def flat_beyond_one(c: Comparison, method: str) -> Finding:
     if len(means) < 3 or 1 not in means:
         return _no_widths(c, method)
     sign = 1 if c.higher else -1
-    rest = [sign * mean for width, mean in means.items() if width > 1]
+    wider = [sign * mean for width, mean in means.items() if width > 1]
     evidence = "; ".join(f"width {w}: {means[w]:.2f}" for w in sorted(means))
-    holds = min(rest) - sign * means[1] > max(rest) - min(rest)
+    holds = min(wider) - sign * means[1] > max(wider) - min(wider)
     return Finding(HOLDS if holds else FAILS, evidence, f"{c.name}_width")
 
 
 def _no_widths(c: Comparison, method: str) -> Finding:
-    return Finding(NOT_RUN, command=c.command(method).replace("sweep_seeds", "sweep_mlp_width"))
+    return Finding(NOT_RUN, command=c.command(method, sweep="mlp_width"))
 
 
 def ships_the_same(c: Comparison, method: str, base: str) -> Finding:
@@ -221,7 +213,7 @@ def ships_the_same(c: Comparison, method: str, base: str) -> Finding:
     if not all(runs):
         return missing(c, base, method)
     counts = [shipped(found[0]) for found in runs]
-    evidence = f"shipped parameters: {name_of(method)} {counts[0]}, {name_of(base)} {counts[1]}"
+    evidence = f"shipped parameters: {title(method)} {counts[0]}, {title(base)} {counts[1]}"
     return Finding(HOLDS if counts[0] == counts[1] else FAILS, evidence)
 
 
@@ -241,7 +233,7 @@ def quicker(c: Comparison, method: str, others: tuple[str, ...]) -> Finding:
     run = {m: s for m, s in seconds.items() if s is not None}
     if method not in run or len(run) < 2:
         return missing(c, method, *others)
-    evidence = "; ".join(f"{name_of(m)} {s:.0f} s" for m, s in run.items())
+    evidence = "; ".join(f"{title(m)} {s:.0f} s" for m, s in run.items())
     ahead = all(run[method] < s for m, s in run.items() if m != method)
     return Finding(HOLDS if ahead else FAILS, evidence)
 
@@ -276,7 +268,7 @@ def loss_curve(c: Comparison, method: str) -> list[tuple[int, float]]:
 
 def difference(c: Comparison, method: str, base: str) -> str:
     gains = c.advantage(method, base)
-    return f"gain of {name_of(method)} over {name_of(base)}: {interval(gains, c)}"
+    return f"gain of {title(method)} over {title(base)}: {interval(gains, c)}"
 
 
 def interval(gains: list[float], c: Comparison) -> str:
@@ -284,8 +276,8 @@ def interval(gains: list[float], c: Comparison) -> str:
     mean, half = mean_interval(gains)
     digits = c.digits
     if half is None:
-        return f"{mean:+.{digits}f} {c.metric} (one seed)"
-    return f"{mean:+.{digits}f} ± {half:.{digits}f} {c.metric} ({len(gains)} seeds)"
+        return f"{mean:+.{digits}f} {c.unit} (one seed)"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f} {c.unit} ({len(gains)} seeds)"
 
 
 def _metric(c: Comparison, method: str, key: str) -> float | None:

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy
-
-# Two-sided 95% quantiles of Student's t for 1, 2, … degrees of freedom; beyond: the normal's.
-_T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+from scipy import stats
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -17,8 +16,13 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
         raise ValueError("no values to average")
     if n == 1:
         return float(values[0]), None
-    quantile = _T95[n - 2] if n - 2 < len(_T95) else 1.96
-    return float(values.mean()), float(quantile * values.std(ddof=1) / math.sqrt(n))
+    return float(values.mean()), t95(n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+
+
+@cache
+def t95(degrees: int) -> float:
+    """The two-sided 95% quantile of Student's t, to the three decimals that are tabulated."""
+    return round(float(stats.t.ppf(0.975, degrees)), 3)
 
 
 def shown(values: Sequence[float], digits: int, scale: float = 1.0) -> str | None:

@@ -2,21 +2,23 @@
 
 import numpy
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oplora.report.mf.study import (
+from oplora.report.page import ReportFigure
+from oplora.report.titles import title
+from oplora.studies.matrix_factorization.report.study import (
     COLORS,
-    METHODS,
     OPTIMIZERS,
+    Studies,
     Study,
     longest_window,
     span,
 )
-from oplora.report.page import Picture
 
 
-def figure2(methods: dict[str, Study]) -> Picture:
-    """Loss curves over learning rates: the paper's picture, and the whole range."""
+def figure2(methods: dict[str, Study]) -> ReportFigure:
+    """Loss curves over learning rates: as the paper draws them, and the whole range."""
     mf, op = methods["mf"], methods["opmf"]
     figure = Figure(figsize=(11, 4))
     axes = figure.subplots(1, 2, sharey=True)
@@ -37,28 +39,32 @@ def figure2(methods: dict[str, Study]) -> Picture:
         "Figure 2. Reconstruction error over 1000 steps of SGD (median over seeds); light to dark: "
         "low to high learning rate; red: rank-8 SVD. The picture depends on which rates are shown."
     )
-    return Picture("figure2", caption, figure)
+    return ReportFigure("figure2", caption, figure)
 
 
-def _loss_curves(axis, methods: dict[str, Study], chosen: list[int]):
+def _loss_curves(axis: Axes, methods: dict[str, Study], chosen: list[int]) -> None:
     for name, shades in (("mf", "Oranges"), ("opmf", "Blues")):
         study = methods[name]
         colors = colormaps[shades](numpy.linspace(0.3, 0.95, len(chosen)))
         shown = [i for i in chosen if not study.diverges[i]]
         for i, color in zip(chosen, colors, strict=True):
             if i in shown:
-                label = METHODS[name] if i == shown[-1] else None
+                label = title(name) if i == shown[-1] else None
                 axis.plot(study.steps, study.curve("mse", i), color=color, lw=1.2, label=label)
     axis.axhline(numpy.median(methods["mf"].svd), color="red", lw=1, label="SVD")
-    axis.set_yscale("log")
-    axis.set_ylim(0.058, 0.4)
-    axis.set_yticks([0.06, 0.08, 0.1, 0.2, 0.3], ["0.06", "0.08", "0.10", "0.20", "0.30"])
-    axis.minorticks_off()
+    _error_scale(axis)
     axis.set_xlabel("step")
     axis.legend(frameon=False)
 
 
-def figure3(methods: dict[str, Study]) -> Picture:
+def _error_scale(axis: Axes) -> None:
+    axis.set_yscale("log")
+    axis.set_ylim(0.058, 0.4)
+    axis.set_yticks([0.06, 0.08, 0.1, 0.2, 0.3], ["0.06", "0.08", "0.10", "0.20", "0.30"])
+    axis.minorticks_off()
+
+
+def figure3(methods: dict[str, Study]) -> ReportFigure:
     """Loss, gradient consistency, gradient norm and effective rank at one rate and at each best."""
     quantities = {
         "mse": "MSE",
@@ -73,13 +79,13 @@ def figure3(methods: dict[str, Study]) -> Picture:
         ("OP-MF's best rate", {name: same for name in ("mf", "opmf")}),
         ("own best rate", {name: methods[name].best for name in ("mf", "opmf")}),
     ]
-    for line, (title, chosen) in zip(axes, rows, strict=True):
+    for line, (where, chosen) in zip(axes, rows, strict=True):
         for axis, (key, label) in zip(line, quantities.items(), strict=True):
             for name, rate in chosen.items():
                 study = methods[name]
-                text = f"{METHODS[name]}, rate {study.rates[rate]:g}"
+                text = f"{title(name)}, rate {study.rates[rate]:g}"
                 axis.plot(study.steps, study.curve(key, rate), color=COLORS[name], label=text)
-            axis.set_title(f"{label} ({title})", fontsize=10)
+            axis.set_title(f"{label} ({where})", fontsize=10)
             if key in ("mse", "gradient_norm"):
                 axis.set_yscale("log")
         reference = methods["mf"].record.metrics
@@ -93,10 +99,10 @@ def figure3(methods: dict[str, Study]) -> Picture:
         "Figure 3. Gradient analysis with SGD (medians over seeds). Top: both at OP-MF's best "
         "rate; bottom: each method at its own best rate. Red: the SVD solution."
     )
-    return Picture("figure3", caption, figure)
+    return ReportFigure("figure3", caption, figure)
 
 
-def figure4(complete: dict[str, dict[str, Study]]) -> Picture:
+def figure4(complete: Studies) -> ReportFigure:
     figure = Figure(figsize=(15, 4))
     axes = figure.subplots(1, len(complete), sharey=True, squeeze=False)[0]
     for axis, (name, methods) in zip(axes, complete.items(), strict=True):
@@ -104,48 +110,37 @@ def figure4(complete: dict[str, dict[str, Study]]) -> Picture:
         axis.set_title(OPTIMIZERS[name])
     axes[0].set_ylabel("MSE")
     caption = "Figure 4. The same three times: every rate of the grid that does not diverge."
-    return Picture("figure4", caption, figure)
+    return ReportFigure("figure4", caption, figure)
 
 
-def sensitivity(found: dict[str, dict[str, Study]]) -> Picture:
+def sensitivity(found: Studies) -> ReportFigure:
     figure = Figure(figsize=(15, 4))
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for axis, (name, methods) in zip(axes, found.items(), strict=True):
-        for method in METHODS:
-            if method not in methods:
-                continue
-            study = methods[method]
+    for axis, (optimizer, methods) in zip(axes, found.items(), strict=True):
+        for method, study in methods.items():
+            color = COLORS.get(method)  # None: the next of matplotlib's
             shown = [i for i in range(len(study.rates)) if not study.diverges[i]]
             final = numpy.where(numpy.isinf(study.final), numpy.nan, study.final)[shown]
             rates = numpy.array(study.rates)[shown]
-            axis.plot(
-                rates,
-                numpy.nanmedian(final, 1),
-                "o-",
-                ms=3,
-                color=COLORS[method],
-                label=METHODS[method],
-            )
+            middle, name = numpy.nanmedian(final, 1), title(method)
+            (line,) = axis.plot(rates, middle, "o-", ms=3, color=color, label=name)
             low, high = numpy.nanmin(final, 1), numpy.nanmax(final, 1)
-            axis.fill_between(rates, low, high, color=COLORS[method], alpha=0.15, lw=0)
+            axis.fill_between(rates, low, high, color=line.get_color(), alpha=0.15, lw=0)
         axis.axhline(numpy.median(study.svd), color="red", lw=1, label="SVD")
         axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_title(OPTIMIZERS[name])
+        _error_scale(axis)
+        axis.set_title(OPTIMIZERS[optimizer])
         axis.set_xlabel("learning rate")
-        axis.set_ylim(0.058, 0.4)
-        axis.set_yticks([0.06, 0.08, 0.1, 0.2, 0.3], ["0.06", "0.08", "0.10", "0.20", "0.30"])
-        axis.minorticks_off()
     axes[0].set_ylabel("final MSE")
     axes[-1].legend(frameon=False, fontsize=8)
     caption = (
         "Sensitivity. Final error against the learning rate: median and range over seeds; a line "
         "ends where most seeds diverge. The controls share OP-MF's step sizes, first A, or both."
     )
-    return Picture("sensitivity", caption, figure)
+    return ReportFigure("sensitivity", caption, figure)
 
 
-def step_sizes(complete: dict[str, dict[str, Study]]) -> Picture:
+def step_sizes(complete: Studies) -> ReportFigure:
     figure = Figure(figsize=(15, 3.5))
     axes = figure.subplots(1, len(complete), squeeze=False)[0]
     for axis, (name, methods) in zip(axes, complete.items(), strict=True):
@@ -165,4 +160,4 @@ def step_sizes(complete: dict[str, dict[str, Study]]) -> Picture:
         "Effective step size of OP-MF over training (mean of both MLPs, median over seeds): how "
         "much further a step of the same learning rate moves A and B while h stands still."
     )
-    return Picture("step_size", caption, figure)
+    return ReportFigure("step_size", caption, figure)

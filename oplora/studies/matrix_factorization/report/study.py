@@ -1,20 +1,15 @@
 """Matrix-factorization runs as arrays, and the rules by which they are judged."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy
 
 from oplora.harness.runs import Record
+from oplora.report.titles import in_order
 
 OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam"}
-METHODS = {
-    "mf": "MF",
-    "opmf": "OP-MF",
-    "mf_matched": "MF, OP's step sizes",
-    "mf_mlp_start": "MF, OP's first A",
-    "mf_matched_mlp_start": "MF, both",
-}
 COLORS = {
     "mf": "tab:orange",
     "opmf": "tab:blue",
@@ -96,15 +91,27 @@ class Study:
         return result
 
 
-def studies(records: list[Record]) -> dict[str, dict[str, Study]]:
-    """optimizer → method → study, of the paper's problem only (not of changed ones)."""
-    found: dict[str, dict[str, Study]] = {}
+Studies = dict[str, dict[str, Study]]  # optimizer → method → study
+
+
+def studies(records: list[Record]) -> Studies:
+    """Of the paper's problem only (not of changed ones), in the order of the tables."""
+    found: Studies = {}
     for record in records:
         config = record.config
         if config["experiment"] == "matrix_factorization" and _is_default(config["problem"]):
             by_method = found.setdefault(config["optimizer"]["name"], {})
             by_method.setdefault(config["method"]["name"], Study(record))
-    return {name: found[name] for name in OPTIMIZERS if name in found}
+    return {
+        optimizer: {name: found[optimizer][name] for name in in_order(found[optimizer])}
+        for optimizer in OPTIMIZERS
+        if optimizer in found
+    }
+
+
+def complete(found: Studies) -> Studies:
+    """The optimizers for which both MF and OP-MF were run."""
+    return {name: methods for name, methods in found.items() if {"mf", "opmf"} <= set(methods)}
 
 
 def _is_default(problem: dict) -> bool:
@@ -112,7 +119,7 @@ def _is_default(problem: dict) -> bool:
     return all(problem[key] == value for key, value in wanted.items())
 
 
-def longest_window(mf: Study, op: Study, holds) -> list[int]:
+def longest_window(mf: Study, op: Study, holds: Callable[[list[int]], bool]) -> list[int]:
     """The longest run of neighbouring rates (within both methods' stability) where `holds`."""
     count, best = len(mf.rates), []
     for start in range(count):

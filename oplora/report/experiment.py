@@ -1,0 +1,168 @@
+"""What an experiment tells the report of itself, and what the report makes of its runs.
+
+A room of oplora.studies takes part through a module `report` with an object EXPERIMENT: an
+`Experiment`, or anything else with its `name`, `order`, `readme`, `stand_ins` and `read`, which
+gives what `FineTuning` has: comparisons, section, claims, standings and sweeps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from oplora.harness.runs import Record
+from oplora.report import across, tables
+from oplora.report.claims import Claim, Thesis, of_experiment
+from oplora.report.comparison import Comparison, one_per_scale, usual
+from oplora.report.figures import Curves, over_training, rate_parts
+from oplora.report.page import Part, Row, Section
+from oplora.report.tables import Column, Groups, Items
+from oplora.report.titles import by_method
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric by which methods are compared."""
+
+    metric: str
+    unit: str
+    digits: int = 1
+    scale: float = 100  # fractions are shown in percent
+    higher: bool = True  # is a higher score better?
+    cited: str | None = None  # the column of the paper's table; may name the {rank}
+
+    def __call__(self, record: Record) -> float | None:
+        value = record.metrics.get(self.metric)
+        return None if value is None else self.scale * value
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Fine-tuning methods on the same data; runs of different presets never share a table."""
+
+    name: str
+    order: int  # of its section
+    title: str  # of its section
+    paper: str  # the file in results/paper with the paper's own numbers
+    loss: Callable[[Record], float | None]  # chooses the learning rates
+    loss_title: str = "validation loss"
+    loss_caption: str = "Validation loss after training, by learning rate"
+    loss_margin: tuple[float, float] | None = None  # of the figure around the best
+    scores: tuple[Score, ...] = ()  # the first is the one that stands for the others
+    about: str = ""  # how rates are chosen and the test set is scored
+    columns: Callable[[Groups], Sequence[Column]] = lambda final: ()  # of the table of results
+    units: str = ""  # of the columns
+    names_rank: bool = False  # in captions
+    items: Items | None = None
+    curves: Curves | None = None
+    untrained: Callable[[Groups, list[Record]], list[Row]] = lambda final, base: []
+    more: Callable[[Comparison, Groups], list[Part]] = lambda c, final: []
+    theses: tuple[Thesis, ...] = ()
+    readme: tuple[str, ...] = ()  # the tables that the README shows
+    intro: tuple[str, ...] = ()  # paragraphs of the section
+    variant: Callable[[Record], str] = lambda record: ""  # what else may not share a table
+    variant_title: str = "{}"  # told where there are several
+    compare: Callable[[list[Record]], list[Comparison]] | None = None  # default: by preset, variant
+    body: Callable[["FineTuning"], list[Part]] | None = None  # default: `parts` of each comparison
+    stand_ins: tuple[str, ...] = ()
+
+    def read(self, records: list[Record]) -> "FineTuning":
+        """Its part of the report, from runs of any experiments."""
+        return FineTuning(self, [r for r in records if r.config["experiment"] == self.name])
+
+    def comparisons(self, records: list[Record]) -> list[Comparison]:
+        """For each preset and variant one by every score."""
+        found = []
+        scales = sorted({self._scale(r) for r in records if is_tuned(r)})
+        for preset, variant in scales:
+            every = [r for r in records if is_tuned(r) and self._scale(r) == (preset, variant)]
+            several = len([scale for scale in scales if scale[0] == preset]) > 1
+            usual_runs = [r for r in every if usual(r, every)]
+            rank = usual_runs[0].config["rank"]
+            for score in self.scores:
+                column = score.cited and score.cited.format(rank=rank)
+                comparison = Comparison(
+                    experiment=self.name,
+                    preset=preset,
+                    name="_".join(filter(None, (self.name, preset, variant))),
+                    records=usual_runs,
+                    every=every,
+                    loss=self.loss,
+                    score=score,
+                    unit=score.unit,
+                    digits=score.digits,
+                    higher=score.higher,
+                    cited=tables.cited_scores(self.paper, column) if column else {},
+                    variant=self.variant_title.format(variant) if several else "",
+                )
+                found.append(comparison)
+        return found
+
+    def _scale(self, record: Record) -> tuple[str, str]:
+        return record.config["preset"], self.variant(record)
+
+    def parts(self, c: Comparison, base: list[Record]) -> list[Part]:
+        """The sweep, the results, the differences by item, the curves, and what is its own."""
+        name, scope = c.name, f"{c.scope}, rank {c.rank}" if self.names_rank else str(c.scope)
+        final = by_method(r for rs in c.at_best.values() for r in rs if c.score(r) is not None)
+        found: list[Part] = [f"{c.scope}. {self.about}"]
+        if c.sweep:
+            caption = f"{self.loss_caption}; {scope}."
+            found += rate_parts(c, caption, self.loss_title, self.loss_margin)
+        if final:
+            caption = f"{scope}: test set, mean ± 95% interval (seeds). {self.units}"
+            first = self.untrained(final, base)
+            found.append(tables.results_table(name, caption, final, self.columns(final), first))
+        if final and self.items:
+            things = self.items.columns[1]
+            caption = (
+                f"{scope}: difference to LoRA{self.items.unit} on the same test {things} (mean "
+                f"over shared seeds) [95% bootstrap interval over {things}]."
+            )
+            found.append(tables.paired_table(f"{name}_paired", caption, final, self.items))
+        drawn = c.at_best if self.curves else {}
+        if any(self.curves.points(r) for runs in drawn.values() for r in runs):
+            found.append(over_training(f"{name}_curves", drawn, self.curves, str(c.scope)))
+        return found + self.more(c, final)
+
+
+def is_tuned(record: Record) -> bool:
+    """Was anything trained? Else the base model was measured as it is."""
+    return record.config.get("fine_tune", True)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What the report makes of an experiment's own runs."""
+
+    experiment: Experiment
+    records: list[Record]
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        compare = self.experiment.compare or self.experiment.comparisons
+        return compare(self.records)
+
+    def section(self) -> Section | None:
+        """None where nothing was run."""
+        if not self.records:
+            return None
+        experiment = self.experiment
+        paper = tables.cited_table(f"{experiment.name}_paper", experiment.paper)
+        parts = experiment.body(self) if experiment.body else self._parts()
+        return Section(experiment.title, [*experiment.intro, paper, *parts])
+
+    def _parts(self) -> list[Part]:
+        found: list[Part] = []
+        for c in one_per_scale(self.comparisons):
+            base = [r for r in self.records if not is_tuned(r) and r.config["preset"] == c.preset]
+            found += self.experiment.parts(c, base)
+        return found
+
+    def claims(self) -> list[Claim]:
+        return of_experiment(self.experiment.theses, self.experiment.name, self.comparisons)
+
+    def standings(self) -> list[Row]:
+        return [row for c in self.comparisons for row in across.standing(c)]
+
+    def sweeps(self) -> list[across.Losses]:
+        return [losses for c in one_per_scale(self.comparisons) for losses in across.losses(c)]

@@ -1,0 +1,182 @@
+"""Figures 2-4 and the claims of section 4.1, from the matrix-factorization runs."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy
+
+from oplora.harness.runs import Record
+from oplora.report.across import Losses
+from oplora.report.claims import Claim
+from oplora.report.comparison import Comparison
+from oplora.report.page import Part, Row, Section, Table
+from oplora.report.tables import COSTS
+from oplora.report.titles import title
+from oplora.studies.matrix_factorization.report import figures
+from oplora.studies.matrix_factorization.report.claims import claims
+from oplora.studies.matrix_factorization.report.study import (
+    OPTIMIZERS,
+    REACHED,
+    Studies,
+    Study,
+    complete,
+    studies,
+)
+
+MODELS = {  # method → the adapter that it models, in whose column it stands
+    "mf": "lora",
+    "opmf": "oplora",
+    "mf_matched": "lora_matched",
+    "mf_mlp_start": "lora_mlp_start",
+    "mf_matched_mlp_start": "lora_matched_mlp_start",
+}
+INTRO = (
+    "A 100×100 matrix with entries U(0, 1) is factorized at rank 8 in 1000 steps (50 of "
+    "warm-up, then linear decay), as in section 4.1, at the paper's own scale. Every method "
+    "is trained with the same grid of learning rates up to its divergence, each rate with "
+    f"the same seeds. A run reaches the SVD error if it ends within {REACHED - 1:.0%} of it; "
+    "a rate counts if most of its seeds do."
+)
+CLAIMS_CAPTION = (
+    "The claims of section 4.1 (and 5 for the last rows: controls that the paper lacks), each "
+    "judged from these runs by a fixed rule."
+)
+SUMMARY_CAPTION = (
+    "Per method: its best rate with final MSE (median [minimum, maximum] over the seeds that did "
+    "not diverge), the rates "
+    "of the grid that reach the SVD error, those that diverge, the steps to the SVD error at the "
+    "best rate, and trained parameters."
+)
+
+
+@dataclass(frozen=True)
+class MatrixFactorization:
+    name: str = "matrix_factorization"
+    order: int = 1
+    readme: tuple[str, ...] = ()
+    stand_ins: tuple[str, ...] = tuple(MODELS)
+
+    def read(self, records: list[Record]) -> "Results":
+        return Results(studies(records))
+
+
+@dataclass(frozen=True)
+class Results:
+    """All studies, and those of optimizers with both MF and OP-MF."""
+
+    studies: Studies
+    comparisons: tuple[Comparison, ...] = ()  # nothing is fine-tuned
+
+    @cached_property
+    def complete(self) -> Studies:
+        return complete(self.studies)
+
+    def claims(self) -> list[Claim]:
+        return claims(self.complete)
+
+    def section(self) -> Section | None:
+        if not self.studies:
+            return None
+        parts: list[Part] = [INTRO]
+        if both := self.complete:
+            first = next(iter(both.values()))  # SGD's, which the paper looks at in detail
+            parts += [
+                figures.figure2(first),
+                Table("mf_claims", CLAIMS_CAPTION, claim_rows(self.claims()), text=True),
+                figures.figure3(first),
+                figures.figure4(both),
+                figures.sensitivity(self.studies),
+                figures.step_sizes(both),
+            ]
+        parts.append(Table("mf_summary", SUMMARY_CAPTION, summary(self.studies), details=COSTS))
+        for optimizer, methods in self.studies.items():
+            caption = (
+                f"Final MSE with {OPTIMIZERS[optimizer]}, median [minimum, maximum] over the seeds "
+                "that did not diverge."
+            )
+            parts.append(Table(f"mf_final_{optimizer}", caption, final_errors(methods)))
+        return Section("Matrix factorization (Figures 2-4)", parts)
+
+    def standings(self) -> list[Row]:
+        return [
+            standing(f"matrix factorization, {OPTIMIZERS[optimizer]}", methods)
+            for optimizer, methods in self.studies.items()
+        ]
+
+    def sweeps(self) -> list[Losses]:
+        return [
+            Losses(
+                f"matrix factorization, {OPTIMIZERS[optimizer]}",
+                title(name),
+                dict(zip(study.rates, study.median.tolist(), strict=True)),
+                [study.record],
+            )
+            for optimizer, methods in self.studies.items()
+            for name, study in methods.items()
+        ]
+
+
+def claim_rows(found: list[Claim]) -> list[Row]:
+    return [
+        Row(
+            {"claim": c.text, "measured": c.evidence, "range": c.where, "verdict": c.verdict},
+            c.runs,
+        )
+        for c in found
+    ]
+
+
+def standing(scope: str, methods: dict[str, Study]) -> Row:
+    best = {m: float(study.median.min()) for m, study in methods.items()}
+    cells = {"scope": scope, "metric": "MSE"}
+    cells |= {title(MODELS[m]): f"{error:.4f}" for m, error in best.items() if m in MODELS}
+    rival = min(best.keys() - {"opmf"}, key=lambda m: (best[m], m), default=None)
+    if rival and "opmf" in best:
+        cells |= {"gain": f"{best[rival] - best['opmf']:+.4f}", "over": title(rival)}
+    return Row(cells, [study.record for study in methods.values()])
+
+
+def summary(found: Studies) -> list[Row]:
+    rows = []
+    for optimizer, methods in found.items():
+        for name, study in methods.items():
+            cells = {
+                "optimizer": OPTIMIZERS[optimizer],
+                "method": title(name) + study.mark,
+                "best rate": f"{study.rates[study.best]:g}",
+                "MSE at best rate": _band(study.final[study.best]),
+                "SVD": f"{numpy.median(study.svd):.4f}",
+                "rates reaching SVD": f"{study.reaches.sum()} of {len(study.rates)}",
+                "diverging": int(study.diverges.sum()),
+                "steps to SVD": _steps(study.steps_to_svd(study.best)),
+                "trained parameters": study.record.metrics["trained_parameters"],
+            }
+            rows.append(Row(cells, [study.record]))
+    return rows
+
+
+def final_errors(methods: dict[str, Study]) -> list[Row]:
+    """One row per rate, one column per method."""
+    runs = [study.record for study in methods.values()]
+    rows = [Row({"rate": f"{rate:g}"}, runs) for rate in next(iter(methods.values())).rates]
+    for name, study in methods.items():
+        for row, final in zip(rows, study.final, strict=True):
+            row.cells[title(name)] = _band(final)
+    return rows
+
+
+def _band(final: numpy.ndarray) -> str:
+    kept = final[numpy.isfinite(final)]
+    diverged = len(final) - len(kept)
+    note = f"{diverged} of {len(final)} diverged"
+    if not len(kept):
+        return note
+    band = f"{numpy.median(kept):.4f} [{kept.min():.4f}, {kept.max():.4f}]"
+    return f"{band}, {note}" if diverged else band
+
+
+def _steps(steps: float) -> str | None:
+    return f"{steps:g}" if numpy.isfinite(steps) else None
+
+
+EXPERIMENT = MatrixFactorization()

@@ -1,0 +1,102 @@
+"""Table 3, Figures 1d and 6: VL-BART on four tasks at once, and the MLP's width."""
+
+import json
+from functools import partial
+
+import pandas
+
+from oplora.harness.runs import Record
+from oplora.report import rules
+from oplora.report.claims import Thesis, better, compared
+from oplora.report.comparison import Comparison, final_loss
+from oplora.report.experiment import Experiment, Score
+from oplora.report.figures import Curves, over_widths
+from oplora.report.page import Part
+from oplora.report.tables import Column, Groups, Items, grouped_table, signed
+
+# CIDEr has another unit, which would rule the average of four.
+ACCURACY = Score("average_without_captions", "points of accuracy", cited="average without captions")
+COLUMNS = (  # all are shown × 100, as the paper does
+    Column("vqa", "vqa_accuracy"),
+    Column("gqa", "gqa_accuracy"),
+    Column("nlvr", "nlvr_accuracy"),
+    Column("cider", "cider"),
+    Column("average", "average"),
+    Column("average without captions", ACCURACY.metric),
+)
+TASKS = ("vqa", "gqa", "nlvr")  # with a score per item
+
+
+def accuracy_by_epoch(record: Record) -> list[tuple[int, float]]:
+    return [(epoch, 100 * metrics[ACCURACY.metric]) for epoch, metrics in record.metrics["epochs"]]
+
+
+def item_scores(record: Record) -> pandas.DataFrame:
+    """score of every test item by (task, id); captions have none."""
+    lines = (record.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = pandas.DataFrame(map(json.loads, lines)).dropna(subset="score")
+    return rows.set_index(["task", "id"])[["score"]].sort_index()
+
+
+def differences(items: pandas.DataFrame) -> dict[str, str]:
+    points = 100 * items["score"]
+    by_task = {task: points[task] for task in TASKS} | {"all three": points}
+    return {task: signed(found, 1) for task, found in by_task.items()}
+
+
+def widths(c: Comparison, final: Groups) -> list[Part]:
+    """Figure 6 with its table, where there are three widths; adapters without an MLP as lines."""
+    scored = [r for r in c.at_chosen_rate(c.every) if c.score(r) is not None]
+    records = [r for r in scored if r.metrics["mlp_parameters"]]
+    if len({r.config["mlp_width"] for r in records}) < 3:
+        return []
+    name, plain = f"{c.name}_width", {m: final.get(m, []) for m in ("lora", "dora")}
+    drawn = (
+        "Test accuracy (mean of VQA, GQA, NLVR) by the MLP's width, mean and range over seeds; "
+        f"{c.scope} (compare Figure 6)."
+    )
+    listed = (
+        f"{c.scope}: the MLP's width, at the rate chosen for the usual one; test set, mean ± 95% "
+        "interval (seeds)."
+    )
+    return [
+        over_widths(name, drawn, records, ACCURACY, "test accuracy, %", plain),
+        grouped_table(name, listed, records, "mlp_width", COLUMNS, costs=("trained parameters",)),
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="vl_bart",
+    order=3,
+    title="Vision and language, four tasks at once (Table 3)",
+    paper="table3.yaml",
+    readme=("vl_bart_small",),
+    loss=final_loss,
+    scores=(ACCURACY,),
+    about="The learning rate of every method is the one with the lowest validation loss (mean over "
+    "all four tasks' items); the test set is scored at that rate only.",
+    columns=lambda final: COLUMNS,
+    units="Accuracies in percent, CIDEr × 100.",
+    items=Items(
+        item_scores,
+        differences,
+        ("method", "items", "seeds", *TASKS, "all three"),
+        unit=" in points",
+    ),
+    curves=Curves(
+        "Validation accuracy (mean of VQA, GQA, NLVR) by epoch, each method at its chosen rate "
+        "(mean and range over seeds; epoch 0 is the base model)",
+        accuracy_by_epoch,
+        "accuracy, %",
+        "epoch",
+    ),
+    more=widths,
+    theses=(
+        better("OP-LoRA is better than LoRA", "5.2, Table 3", "oplora", "lora"),
+        better("OP-DoRA is better than DoRA", "5.2, Table 3", "opdora", "dora"),
+        compared("OP-LoRA gains over LoRA as much as DoRA does", "5.2",
+                 rules.not_worse, "oplora", "dora"),
+        Thesis("Performance is an inverted U over the MLP's width", "5.5, Figure 6",
+               partial(rules.inverted_u, method="opdora"), ("opdora",), order=1),
+    ),
+)  # fmt: skip
