@@ -12,7 +12,8 @@ import yaml
 from stored_runs import store_commonsense, store_mf, store_sdxl, store_vl_bart, write
 
 import oplora.studies
-from oplora import entry, report
+from oplora import report
+from oplora.harness import entry
 from oplora.report import titles
 from oplora.report.figures import over_rates
 from oplora.report.page import Table
