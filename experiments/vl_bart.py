@@ -16,7 +16,9 @@ from oplora.studies.vl_bart.model import VLBart
 
 
 def complete(cfg: DictConfig) -> None:
-    if cfg.method.adapter is not None:  # full fine-tuning trains everything anyway
+    if cfg.method.adapter is None:  # full fine-tuning trains everything anyway, at one rate
+        cfg.direct_lr = None
+    else:
         OmegaConf.update(cfg, "method.adapter", cfg.trained_besides, force_add=True)
     if cfg.dry_run:
         cfg.training.per_device_train_batch_size = cfg.rows_per_batch  # Trainer's row is a batch
