@@ -8,6 +8,7 @@ MLP: its adapter stays a plain one, at every step.
 `OPOptimizer` serves any torch.optim class; `oplora.adamw.OPAdamW` is the fast form for AdamW.
 """
 
+import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
@@ -61,7 +62,7 @@ class OPOptimizer(Optimizer):
     nonfinite: "raise" (FloatingPointError naming the block; nothing is updated) or "skip" (the
         whole step, counted in `skipped_steps`).
     edited: "absorb" values written into the tensors from outside (load_adapter, a merge), with a
-        warning, or "raise".
+        warning, "quiet" without one (code that edits every step), or "raise".
     """
 
     rows = "every"  # the form of W2 (`oplora.rows`): all rows, for any inner optimizer
@@ -87,7 +88,7 @@ class OPOptimizer(Optimizer):
     ):
         check_choice("clip", clip, (None, "mlp"))
         check_choice("nonfinite", nonfinite, ("raise", "skip"))
-        check_choice("edited", edited, ("absorb", "raise"))
+        check_choice("edited", edited, ("absorb", "quiet", "raise"))
         check_optimizer(optimizer_cls)
         if clip and not (isinstance(max_norm, int | float) and max_norm > 0):
             raise ValueError(f"max_norm={max_norm!r} must be a number above 0")
@@ -98,7 +99,7 @@ class OPOptimizer(Optimizer):
         self.stacks: list[MLPStack] = []  # those of the parts
         # for every group its tensors when the MLPs were built, the blocks' names and starts
         self._built: list[tuple[list[Tensor], list[list[str]], list]] = []
-        self.inner = optimizer_cls([torch.zeros(1, 1)], **optimizer_kwargs)
+        self.inner = _inner_optimizer(optimizer_cls, optimizer_kwargs)
         self.inner.param_groups.clear()
         initial = (init, z_dim, z_std, trunk_bias, head_gain)
         mlp = dict(zip(INITIAL, initial, strict=True), mlp_width=mlp_width, seed=seed, start=start)
@@ -106,6 +107,7 @@ class OPOptimizer(Optimizer):
 
     # The step
 
+    @torch.compiler.disable  # as torch's own optimizers where they cannot be compiled
     @torch.no_grad()
     def step(self, closure=None):
         loss = None
@@ -113,6 +115,12 @@ class OPOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.follow_model()
+        kind = self.stacks[0].tensors.device.type if self.stacks else "cpu"
+        with torch.autocast(kind, enabled=False):  # Lightning's step is within the model's
+            self._step()
+        return loss
+
+    def _step(self):
         self._absorb_edits()
         work = [
             Work(part, part.stack.tensors.with_gradients(), part.stack.tensors.gather_gradient())
@@ -121,7 +129,7 @@ class OPOptimizer(Optimizer):
         ]
         if not self._finite(work):
             self.skipped_steps += 1
-            return loss
+            return
         for each in work:
             each.trunk = each.part.stack.backward(each.g)
         if self.clip == "mlp":
@@ -134,7 +142,6 @@ class OPOptimizer(Optimizer):
             # Prodigy keeps its learning rate in the groups
             outer.update({key: inner[key] for key in self.inner.defaults})
         self.trained = True
-        return loss
 
     def _train(self, work: list[Work]):
         """Update the MLPs and what is trained directly; write what the MLPs predict."""
@@ -156,11 +163,12 @@ class OPOptimizer(Optimizer):
 
     def _absorb_edits(self):
         for stack in self.stacks:
-            if names := stack.absorb_edits(refuse=self.edited == "raise"):
+            names = stack.absorb_edits(refuse=self.edited == "raise")
+            if names and self.edited == "absorb":
                 warnings.warn(
                     f"{len(names)} adapter tensors were changed from outside since the last step "
                     f"(first: {names[0]}); the MLPs go on from the new values",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
 
     def _finite(self, work: list[Work]) -> bool:
@@ -294,6 +302,35 @@ class OPOptimizer(Optimizer):
 
     # State
 
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        """For every tensor the optimizer's state of its part of the MLP, as views: in place alone.
+
+        "exp_avg" and the like are those of its columns of W2, (rows, *shape of the tensor);
+        "b2_exp_avg", … those of b2; a block's first tensor has those of z, W1 and b1, too.
+        """
+        return saving.state_by_tensor(self)
+
+    @state.setter
+    def state(self, _):
+        """torch's constructor and its loading assign what `inner` and the parts hold here."""
+
+    def tensor_names(self) -> list[str]:
+        """Names of all tensors, in the order of the groups."""
+        return [name for _, names, _ in self._built for name in chain(*names)]
+
+    def reset_moments(self):
+        """Forget the inner optimizer's moments and steps; the MLPs stay as they are (ReLoRA)."""
+        self.inner.state.clear()
+        for part in self.parts:
+            part.moments = None
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied, pickled or saved whole, as its MLPs belong "
+            "to the tensors of one model: save state_dict(), and load it into one built anew"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """MLPs and moments, as tensors and numbers only (`oplora.saving`)."""
         return saving.state_dict(self, super().state_dict())
@@ -398,6 +435,19 @@ def check_optimizer(optimizer_cls):
             f"{name} evaluates other weights than it trains (schedule-free), which the MLPs "
             "cannot follow: use AdamW, or train the adapter directly"
         )
+
+
+def _inner_optimizer(cls: type[Optimizer], kwargs: dict[str, Any]) -> Optimizer:
+    """TypeError for an argument that neither cls nor `OPOptimizer` knows, with a near name."""
+    takes = inspect.signature(cls).parameters
+    known = {*takes, *inspect.signature(OPOptimizer).parameters}
+    anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    for name in () if anything else kwargs:
+        if name not in takes:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{name}={kwargs[name]!r} is no argument of {cls.__name__}{hint}")
+    return cls([torch.zeros(1, 1)], **kwargs)
 
 
 def _blocks(params, group: str) -> tuple[list[list], list[list[str]]]:

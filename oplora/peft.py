@@ -5,6 +5,7 @@ adapter trains there; parameters outside adapted layers (modules_to_save, biases
 tokens, …) are trained directly.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ def create_oplora_optimizer(
     shared_trunk: bool = True,
     init: str = "author",
     direct_lr: float | None = None,
+    layer_lr: dict[str, float] | None = None,
     **kwargs,
 ) -> OPOptimizer:
     """An optimizer with one MLP per adapted layer (OP-LoRA, section 4).
@@ -62,10 +64,18 @@ def create_oplora_optimizer(
     shared_trunk: False gives every tensor an MLP of its own (two trunks for LoRA).
     init: "author", the start of the paper's code, or "text", its text's (`oplora.mlp.initial_mlp`).
     direct_lr: the learning rate of what is trained besides the adapters; None: lr.
+    layer_lr: other learning rates for layers, by regular expressions of which the first that is
+        found in the name of a layer's first tensor counts.
     kwargs: of optimizer_cls and of `OPOptimizer` (z_dim, z_std, seed, clip, …).
     """
     groups = oplora_groups(
-        model, mlp_width, start, shared_trunk=shared_trunk, init=init, direct_lr=direct_lr
+        model,
+        mlp_width,
+        start,
+        shared_trunk=shared_trunk,
+        init=init,
+        direct_lr=direct_lr,
+        layer_lr=layer_lr,
     )
     if optimizer_cls is torch.optim.AdamW:
         return OPAdamW(groups, lr=lr, init=init, **kwargs)
@@ -93,6 +103,7 @@ def oplora_groups(
     shared_trunk: bool = True,
     init: str = "author",
     direct_lr: float | None = None,
+    layer_lr: dict[str, float] | None = None,
 ) -> list[dict]:
     """Parameter groups for `OPOptimizer`: all blocks, then what is trained directly."""
     model = _unwrap(model)
@@ -108,10 +119,28 @@ def oplora_groups(
     if not shared_trunk:
         pairs = [[pair] for block in pairs for pair in block]
         starts = [[s] for block in starts for s in block]
-    groups = [{"params": pairs, "start": starts, "mlp_width": mlp_width}]
+    groups = []
+    for lr, members in _by_rate([block[0][0] for block in pairs], layer_lr or {}).items():
+        group = {
+            key: [each[i] for i in members] for key, each in (("params", pairs), ("start", starts))
+        }
+        groups.append({**group, "mlp_width": mlp_width, **({} if lr is None else {"lr": lr})})
     rate = {} if direct_lr is None else {"lr": direct_lr}
     direct = [{**group, "mlp_width": 0, **rate} for group in decay_groups(model, others)]
     return groups + direct
+
+
+def _by_rate(names: list[str], layer_lr: dict[str, float]) -> dict[float | None, list[int]]:
+    """Numbers of names by the rate of the first pattern that is found in them; None: no pattern."""
+    found: dict[float | None, list[int]] = {}
+    unused = set(layer_lr)
+    for number, name in enumerate(names):
+        pattern = next((p for p in layer_lr if re.search(p, name)), None)
+        unused.discard(pattern)
+        found.setdefault(layer_lr.get(pattern), []).append(number)
+    if unused:
+        raise ValueError(f"layer_lr: {min(unused)!r} is in no name of a layer, as in {names[0]}")
+    return found
 
 
 def parameter_report(
@@ -264,7 +293,10 @@ def _starts(block: Block, start: str, init: str) -> list[str]:
     if start not in ("auto", "paper", "keep", "still"):
         raise ValueError(f"start={start!r} is unknown: use 'auto', 'paper', 'keep' or 'still'")
     zero = [_is_zero(tensor) for tensor in block.tensors]
-    is_factor = [kind in _FACTORS for kind in block.kinds]
+    is_factor = [  # not lora_bias
+        kind in _FACTORS and tensor.ndim > 1
+        for kind, tensor in zip(block.kinds, block.tensors, strict=True)
+    ]
     lora = getattr(block.config, "peft_type", None) == PeftType.LORA
     possible = lora and any(z and f for z, f in zip(zero, is_factor, strict=True))
     if start == "paper" and not possible:

@@ -1,8 +1,10 @@
 """State of an `oplora.optimizer.OPOptimizer` as tensors and numbers (loads with weights_only=True).
 
-The entry of a block's first tensor holds {"mlp", "active", "inner"}: the MLP by the names of its
-tensors, how many rows of W2 have moments, and the optimizer's state of the MLP's tensors. Entries
-of directly trained tensors are the inner optimizer's.
+The entry of a block's first tensor holds {"mlp", "active", "starts", "inner"}: the MLP by the names
+of its tensors, how many rows of W2 have moments, how the block's tensors started, and the
+optimizer's state of the MLP's tensors. Entries
+of directly trained tensors are the inner optimizer's. "names" are those of all tensors, by which
+they are found again in another order.
 """
 
 from collections.abc import Callable
@@ -10,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+from oplora.tensors import local
 
 
 def state_dict(optimizer, groups: dict[str, Any]) -> dict[str, Any]:
@@ -23,9 +27,10 @@ def state_dict(optimizer, groups: dict[str, Any]) -> dict[str, Any]:
         state[number[id(part.stack.tensors.blocks[i][0])]] = {
             "mlp": part.stack.state(i),
             "active": part.stack.rows.active[i],
+            "starts": part.stack.starts[i],
             "inner": optimizer.moments_of(part, i),
         }
-    return {**groups, "state": state}
+    return {**groups, "state": state, "names": optimizer.tensor_names()}
 
 
 @torch.no_grad()
@@ -36,7 +41,7 @@ def load_state_dict(optimizer, saved: dict[str, Any], load_groups: Callable[[dic
     """
     optimizer.follow_model()
     params = _parameters(optimizer)
-    number = {id(p): i for i, p in enumerate(params)}
+    number = {id(p): i for i, p in zip(_keys(optimizer, saved), params, strict=True)}
     state, entries = saved["state"], []
     for part, i in _blocks(optimizer):
         block = part.stack.tensors.blocks[i]
@@ -61,11 +66,28 @@ def load_state_dict(optimizer, saved: dict[str, Any], load_groups: Callable[[dic
         same = all(torch.equal(entry["mlp"][name].to(t), t) for name, t in mine.items())
         if not same and part.stack not in changed:
             changed.append(part.stack)
-        part.stack.load(i, entry["mlp"], entry["active"])
+        part.stack.load(i, entry["mlp"], entry["active"], entry["starts"])
     optimizer.load_moments([(part, i, entry["inner"]) for part, i, entry in entries], others)
     for stack in changed:  # accelerate loads back what it has just saved
         stack.loaded()
     optimizer.trained |= bool(changed)
+
+
+def _keys(optimizer, saved: dict[str, Any]) -> list:
+    """The key in saved["state"] of every tensor: of the same name, else of the same place."""
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    mine, theirs = optimizer.tensor_names(), saved.get("names") or optimizer.tensor_names()
+    if len(keys) != len(mine):
+        raise ValueError(
+            f"the state is of {len(keys)} tensors, here there are {len(mine)}: it was saved with "
+            "another adapter, or with other blocks"
+        )
+    if missing := [name for name in mine if name not in theirs]:
+        others = [name for name in theirs if name not in mine]
+        missing, others = ", ".join(missing[:3]), ", ".join(others[:3])
+        raise ValueError(f"the state holds nothing for {missing}; it is of {others}")
+    key_of = dict(zip(theirs, keys, strict=True))
+    return [key_of[name] for name in mine]
 
 
 def load_inner(inner: Optimizer, states: dict[int, dict | None]):
@@ -74,6 +96,29 @@ def load_inner(inner: Optimizer, states: dict[int, dict | None]):
     packed = inner.state_dict()
     packed["state"] = {i: states[id(p)] for i, p in enumerate(flat) if states.get(id(p))}
     inner.load_state_dict(packed)
+
+
+def state_by_tensor(optimizer) -> dict[torch.Tensor, dict[str, Any]]:
+    """`OPOptimizer.state`: what torch code looks for at the tensors that it knows."""
+    params = {id(p) for p in _parameters(optimizer)}
+    result = {p: state for p, state in optimizer.inner.state.items() if id(p) in params}
+    for part, i in _blocks(optimizer):
+        moments, first = optimizer.moments_of(part, i), 0
+        for number, tensor in enumerate(part.stack.tensors.blocks[i]):
+            own = result[tensor] = {"step": torch.zeros((), dtype=torch.float32)}
+            mine = local(tensor)
+            columns = slice(first, first + mine.numel())
+            first = columns.stop
+            for name, values in moments.items():
+                for key, value in values.items():
+                    whole = not torch.is_tensor(value) or not value.ndim
+                    if name == "W2":
+                        own[key] = value if whole else value[:, columns].view(-1, *mine.shape)
+                    elif name == "b2":
+                        own[f"b2_{key}"] = value if whole else value[columns].view(mine.shape)
+                    elif not number:
+                        own[f"{name}_{key}"] = value
+    return result
 
 
 def _parameters(optimizer) -> list:

@@ -55,7 +55,8 @@ class MLPStack:
         draw = lambda i: self._draw(i).W2  # noqa: E731
         place = (width, draw, self.tensors.sizes, self.b2)
         if rows == "shared":
-            self.rows = SharedRow(*place, columns=self._moving_columns())
+            columns = [self._moving_columns(i) for i in range(len(blocks))]
+            self.rows = SharedRow(*place, columns=columns)
         else:
             self.rows = ActiveRows(*place, every=rows == "every")
         self.predict(range(len(blocks)), write=False)
@@ -84,14 +85,11 @@ class MLPStack:
             mlp = mlp._replace(W2=W2, b2=b2)
         return MLPWeights(*(w.to(self.tensors.device) for w in mlp))
 
-    def _moving_columns(self) -> list[list[slice]]:
-        """For every block the columns of W2 whose first values are not zero."""
-        result = []
-        for block, starts in zip(self.tensors.blocks, self.starts, strict=True):
-            ends = list(accumulate(local(t).numel() for t in block))
-            slices = map(slice, [0, *ends[:-1]], ends)
-            result.append([s for s, start in zip(slices, starts, strict=True) if start != "still"])
-        return result
+    def _moving_columns(self, i: int) -> list[slice]:
+        """The columns of block i's W2 whose first values are not zero."""
+        ends = list(accumulate(local(t).numel() for t in self.tensors.blocks[i]))
+        slices = map(slice, [0, *ends[:-1]], ends)
+        return [s for s, start in zip(slices, self.starts[i], strict=True) if start != "still"]
 
     def per_block(self, stacked: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Views of tensors like `self.stacked`, block by block: what a torch optimizer is given."""
@@ -185,8 +183,14 @@ class MLPStack:
                     "with another mlp_width, z_dim or adapter"
                 )
 
-    def load(self, i: int, state: dict[str, Tensor], active: int):
-        """Inverse of `state`, after `check`; call `loaded` when all blocks are in."""
+    def load(self, i: int, state: dict[str, Tensor], active: int, starts: list[str]):
+        """Inverse of `state`, after `check`; call `loaded` when all blocks are in.
+
+        starts: of the saved block, which tell what its first rows of W2 were.
+        """
+        self.starts[i] = starts
+        if isinstance(self.rows, SharedRow):
+            self.rows.columns[i] = self._moving_columns(i)
         for name, mine in self.trunks[i].items():
             mine.copy_(state[name])
         self.rows.load(i, state, active)

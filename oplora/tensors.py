@@ -207,7 +207,10 @@ def check_tensor(tensor, name: str, known: dict):
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device: load the model before its optimizer")
     if not tensor.requires_grad:
-        raise ValueError(f"{name} is frozen: set requires_grad=True or leave it out")
+        raise ValueError(
+            f"{name} is frozen: give the trained tensors alone, or take "
+            "oplora.create_oplora_optimizer(model), which finds an adapter's"
+        )
     if not tensor.is_leaf:
         raise ValueError(f"{name} is computed from other tensors: give the parameter itself")
     if hasattr(tensor, "ds_id"):

@@ -81,7 +81,7 @@ class LoRAPro(PairOptimizer):
         One pair, with the state of its A. G and U, (d_out, d_in), exist a few rows at a time.
         """
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = A.new_zeros(len(B), A.shape[1])
         state["step"] += 1

@@ -128,7 +128,7 @@ def _pair_state(A: Tensor) -> dict[str, Tensor]:
     r = len(A)
     shapes = {"second_moment": (2, r, r), "eigenvalues": (2, r), "escaped": (2,)}
     zeros = {n: torch.zeros(s, dtype=torch.float64, device=A.device) for n, s in shapes.items()}
-    return {"step": torch.zeros(()), **zeros}
+    return {"step": torch.zeros((), dtype=torch.float32), **zeros}
 
 
 def create_lora_rite_optimizer(

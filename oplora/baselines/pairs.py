@@ -81,7 +81,7 @@ class PairOptimizer(Optimizer):
         work = [p if p.dtype == compute_dtype(p) else p.to(compute_dtype(p)) for p in params]
         for p, w in zip(params, work, strict=True):
             if "step" not in self.state[p]:
-                self.state[p]["step"] = torch.zeros(())
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
                 for name in ("exp_avg", "exp_avg_sq"):
                     self.state[p][name] = torch.zeros_like(w)
         states = [self.state[p] for p in params]

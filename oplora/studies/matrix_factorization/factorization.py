@@ -152,7 +152,7 @@ class Adam(SGD):
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         self.betas, self.eps, self.moments = tuple(betas), eps, {}
-        self.step = torch.zeros(())
+        self.step = torch.zeros((), dtype=torch.float32)
 
     def tick(self):
         self.step += 1
