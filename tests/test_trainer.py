@@ -165,11 +165,12 @@ def test_every_trial_of_a_search_trains_at_its_own_rate(tmp_path):
 def test_a_trial_of_trainers_own_search_sets_the_rate(tmp_path):
     options = dict(model_init=lambda: model(), train_dataset=data())
     trainer = oplora.OPTrainer(args=arguments(tmp_path, max_steps=1), **options)
-    trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.WANDB, None
+    trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.OPTUNA, None
     # hyperparameter_search without its backends, none of which is installed
-    with mock.patch("transformers.integrations.hp_params", dict):
-        for lr in (2e-3, 5e-3):
-            trainer.train(trial={"learning_rate": lr})
+    trainer.hp_space = params = lambda trial: trial.params
+    with mock.patch("transformers.integrations.hp_params", params):
+        for number, lr in enumerate((2e-3, 5e-3)):
+            trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": lr}))
             assert rates(trainer) == [lr]
 
 
