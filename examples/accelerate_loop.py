@@ -1,6 +1,6 @@
 """OP-LoRA in an accelerate loop, cut in the middle and resumed from `save_state`.
 
-    accelerate launch examples/accelerate_loop.py OUT    # or python examples/accelerate_loop.py OUT
+accelerate launch examples/accelerate_loop.py OUT    # or python examples/accelerate_loop.py OUT
 """
 
 import sys
@@ -15,8 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from oplora import create_oplora_optimizer
 
 
-def parts(accelerator):
-    """Model, optimizer, batches and scheduler, prepared."""
+def prepared(accelerator):
     set_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64)
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
@@ -30,7 +29,7 @@ def parts(accelerator):
 
 
 def train(accelerator, out, resume=False, save_at=None):
-    model, optimizer, batches, scheduler = parts(accelerator)
+    model, optimizer, batches, scheduler = prepared(accelerator)
     if resume:
         accelerator.load_state(out)  # MLPs, moments, schedule, adapter
         batches = accelerator.skip_first_batches(batches, save_at)
@@ -49,7 +48,7 @@ def train(accelerator, out, resume=False, save_at=None):
 
 def main(out: str):
     accelerator = Accelerator(cpu=True)
-    model, losses = train(accelerator, out, save_at=4)  # never cut, saved after four steps
+    _, losses = train(accelerator, out, save_at=4)  # never cut, saved after four steps
     accelerator.free_memory()
     resumed, rest = train(accelerator, out, resume=True, save_at=4)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

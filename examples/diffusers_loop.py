@@ -1,6 +1,6 @@
 """OP-LoRA in a diffusers training script: only the line that builds the optimizer changes.
 
-    python examples/diffusers_loop.py OUT
+python examples/diffusers_loop.py OUT
 """
 
 import sys

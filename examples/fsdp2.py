@@ -1,6 +1,6 @@
 """OP-LoRA under FSDP2 (`fully_shard`) in one's own loop, here two processes on CPU.
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py OUT    # on GPUs: "nccl", and the model moved
+torchrun --nproc-per-node 2 examples/fsdp2.py OUT    # on GPUs: "nccl", and the model moved
 """
 
 import sys

@@ -1,6 +1,6 @@
 """OP-LoRA in a LightningModule with automatic optimization: `configure_optimizers` alone.
 
-    python examples/lightning_loop.py OUT
+python examples/lightning_loop.py OUT
 """
 
 import sys

@@ -1,6 +1,6 @@
 """OP-LoRA on a base in 4 bits (QLoRA): the optimizer looks at the adapter alone.
 
-    python examples/qlora.py OUT
+python examples/qlora.py OUT
 """
 
 import sys

@@ -1,6 +1,6 @@
 """OP-LoRA with Hugging Face Trainer: `OPTrainer` in place of `Trainer`, nothing else.
 
-    python examples/trainer.py OUT    # the folder for checkpoints and the adapter
+python examples/trainer.py OUT    # the folder for checkpoints and the adapter
 """
 
 import sys

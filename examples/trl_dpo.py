@@ -1,6 +1,6 @@
 """OP-LoRA in TRL's DPOTrainer: the mixin in front of it.
 
-    python examples/trl_dpo.py OUT
+python examples/trl_dpo.py OUT
 """
 
 import sys
@@ -14,8 +14,8 @@ from trl import DPOConfig, DPOTrainer
 
 from oplora import OPTrainerMixin
 
-WORDS = "<pad> <eos> <unk> the cat dog sat ran on under a mat tree and then slept".split()
-PAIR = {"prompt": "the cat", "chosen": " sat on a mat", "rejected": " ran under a tree"}
+WORDS = ["<pad>", "<eos>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "tree"]
+PAIR = {"prompt": "the cat", "chosen": " sat on a mat", "rejected": " sat on the tree"}
 
 
 class OPDPOTrainer(OPTrainerMixin, DPOTrainer):  # the one line that matters
@@ -37,10 +37,15 @@ def main(out: str):
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, eos_token_id=1))
     trainer = OPDPOTrainer(
         model,
-        DPOConfig(
-            out, learning_rate=1e-3, max_steps=10, logging_steps=1, use_cpu=True, bf16=False,
-            save_strategy="no", report_to="none",
-        ),  # fmt: skip
+        args=DPOConfig(
+            out,
+            learning_rate=1e-3,
+            max_steps=10,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+        ),
         train_dataset=Dataset.from_list([PAIR] * 32),
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear"),

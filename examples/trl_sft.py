@@ -1,6 +1,6 @@
 """OP-LoRA in TRL's SFTTrainer: the mixin in front of it.
 
-    python examples/trl_sft.py OUT
+python examples/trl_sft.py OUT
 """
 
 import sys
@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from oplora import OPTrainerMixin
 
-WORDS = "<pad> <eos> <unk> the cat dog sat ran on under a mat tree and then slept".split()
+WORDS = ["<pad>", "<eos>", "<unk>", "the", "cat", "sat", "on", "a", "mat"]
 
 
 class OPSFTTrainer(OPTrainerMixin, SFTTrainer):  # the one line that matters
@@ -36,11 +36,16 @@ def main(out: str):
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, eos_token_id=1))
     trainer = OPSFTTrainer(
         model,
-        SFTConfig(
-            out, learning_rate=1e-3, max_steps=10, logging_steps=1, use_cpu=True, bf16=False,
-            save_strategy="no", report_to="none",
-        ),  # fmt: skip
-        train_dataset=Dataset.from_dict({"text": ["the cat sat on a mat and then slept"] * 32}),
+        args=SFTConfig(
+            out,
+            learning_rate=1e-3,
+            max_steps=10,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_dict({"text": ["the cat sat on a mat"] * 32}),
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )

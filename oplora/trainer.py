@@ -160,12 +160,12 @@ class OPTrainerMixin:
         if op is None or not path.exists() or not self.args.should_save:
             return
         card = ModelCard.load(path)
+        card.data.tags = sorted({*(card.data.tags or []), TAG})
         sentence = training_sentence(op)
-        if sentence in card.text:
-            return
-        heading = "" if _HEADING in card.text else f"{_HEADING}\n\n"
-        before, mark, after = card.text.partition("### Framework versions")
-        card.text = f"{before.rstrip()}\n\n{heading}{sentence}\n\n{mark}{after}"
+        if sentence not in card.text:
+            heading = "" if _HEADING in card.text else f"{_HEADING}\n\n"
+            before, mark, after = card.text.partition("### Framework versions")
+            card.text = f"{before.rstrip()}\n\n{heading}{sentence}\n\n{mark}{after}"
         card.save(path)
 
 
