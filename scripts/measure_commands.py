@@ -1,6 +1,7 @@
 """The README's two commands in a fresh clone with a fresh environment: do they work, how long?
 
-Also `pip install .` in a bare environment, with one training step. Writes results/benchmarks/commands.json; the committed state is what is cloned.
+Also `pip install .` in a bare environment, with one training step. The committed state is what is
+cloned; writes results/benchmarks/commands.json.
 """
 
 import json
