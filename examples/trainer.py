@@ -36,7 +36,7 @@ def main(out: str):
     trainer.train()  # resume_from_checkpoint=True goes on exactly where a cut training was
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    model.save_pretrained(out)  # a plain LoRA
+    trainer.save_model(out)  # a plain LoRA; its model card says how it was trained
     again = PeftModel.from_pretrained(base_model(), out)  # without oplora
     with torch.no_grad():
         same = torch.equal(again(tokens).logits, model.eval()(tokens).logits)

@@ -9,11 +9,13 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 import oplora
+from oplora.adamw import OPAdamW
 from oplora.optimizer import OPOptimizer
 from oplora.peft import create_oplora_optimizer
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 TAG = "op-lora"  # of saved adapters
+TAGGED = (OPOptimizer, OPAdamW)  # what a subclass writes may be no MLP's (the controls)
 _HEADING = "## Training procedure"
 
 
@@ -94,7 +96,7 @@ class OPTrainerMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
             self.optimizer = self._make_optimizer(self.model if model is None else model)
-            if self._op() is not None:
+            if type(self._op()) in TAGGED:
                 self._tag()
         return self.optimizer
 
@@ -157,7 +159,7 @@ class OPTrainerMixin:
     def _describe(self, folder: str):
         """Add to the model card there, if one was written, how the adapter was trained."""
         path, op = Path(folder) / "README.md", self._op()
-        if op is None or not path.exists() or not self.args.should_save:
+        if type(op) not in TAGGED or not path.exists() or not self.args.should_save:
             return
         card = ModelCard.load(path)
         card.data.tags = sorted({*(card.data.tags or []), TAG})

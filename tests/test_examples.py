@@ -48,6 +48,9 @@ def test_guide(name, tmp_path):
     assert all("lora" in key for key in tensors)
     assert any("lora_B" in key or "lora.up" in key for key in tensors)
     assert all(torch.isfinite(t).all() and t.any() for t in tensors.values())
+    if name in ("trainer", "trl_sft", "trl_dpo"):
+        card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert "- op-lora" in card and "Trained with [OP-LoRA]" in card
     if name != "diffusers_loop":
         assert PeftConfig.from_pretrained(tmp_path).peft_type == "LORA"
 

@@ -17,7 +17,9 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from transformers.trainer_utils import HPSearchBackend
 
 import oplora
+from oplora.baselines.controls import MatchedAdamW
 from oplora.harness.finetuning import train
+from oplora.peft import oplora_groups
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 
@@ -232,25 +234,33 @@ def test_saved_adapters_say_how_they_were_trained(tmp_path):
     trainer, _ = trained(tmp_path, save_strategy="steps", save_steps=3)
     trainer.save_model(str(tmp_path / "saved"))
     trainer.save_model(str(tmp_path / "saved"))
-    for name in ("checkpoint-3", "saved"):
+    trainer.save_model()
+    trainer.create_model_card()  # as push_to_hub: Trainer writes the card anew
+    for name in ("checkpoint-3", "saved", ""):
         card = ModelCard.load(tmp_path / name / "README.md")
         assert {"op-lora", "lora"} <= set(card.data.tags)
         assert card.text.count("Trained with [OP-LoRA]") == 1
         assert f"(oplora {oplora.__version__}, OPAdamW, mlp_width=32)" in card.text
-        assert card.text.count("### Framework versions") == 1
     trainer.model.save_pretrained(tmp_path / "own")
     assert "op-lora" in ModelCard.load(tmp_path / "own" / "README.md").data.tags
 
 
-def test_adapters_trained_without_mlps_are_not_called_so(tmp_path):
-    def factory(net):
-        return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+def plain(net):
+    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
 
+
+def matched(net):
+    return MatchedAdamW(oplora_groups(net), lr=1e-3)
+
+
+@pytest.mark.parametrize("factory", [plain, matched])
+def test_adapters_trained_without_mlps_are_not_called_so(factory, tmp_path):
     options = dict(save_strategy="steps", trainer_kw=dict(optimizer_factory=factory))
     trainer, _ = trained(tmp_path, **options)
     card = ModelCard.load(tmp_path / "checkpoint-6" / "README.md")
     assert "op-lora" not in card.data.tags and "OP-LoRA" not in card.text
-    assert not any("op_multiplier" in entry for entry in trainer.state.log_history)
+    told = any("op_multiplier" in entry for entry in trainer.state.log_history)
+    assert told == (factory is matched)  # its step sizes are those of MLPs
 
 
 @pytest.mark.parametrize(
