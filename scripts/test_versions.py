@@ -33,7 +33,9 @@ def run(end: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         python = bare_environment(Path(folder) / "venv")
         pip = [python, "-m", "pip", "install", "--quiet", "--upgrade"]
-        subprocess.run([*pip, "-e", f"{ROOT}[experiments]", *tests_need(), *wanted(end)], check=True)
+        subprocess.run(
+            [*pip, "-e", f"{ROOT}[experiments]", *tests_need(), *wanted(end)], check=True
+        )
         listed = subprocess.run([python, "-m", "pip", "freeze"], capture_output=True, text=True)
         chosen = [line for line in listed.stdout.split() if line.split("==")[0] in PACKAGES]
         print(f"{end}: {' '.join(chosen)}", flush=True)
