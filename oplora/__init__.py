@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+__version__ = "0.2.0"
+
 _HOMES = {
     "AdapterMLP": "mlp",
     "OPAdamW": "adamw",
@@ -20,3 +22,8 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'oplora' has no attribute {name!r}")
     return getattr(import_module(f"oplora.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    # The names above are no globals before their first use: dir() and completion miss them.
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

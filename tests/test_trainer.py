@@ -2,19 +2,24 @@
 
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from huggingface_hub import ModelCard
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from schedulefree import AdamWScheduleFree
 from tiny_models import FAMILIES, decoder
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 
 import oplora
+from oplora.baselines.controls import MatchedAdamW
 from oplora.harness.finetuning import train
+from oplora.peft import oplora_groups
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 
@@ -117,6 +122,145 @@ def test_defaults_come_from_the_training_arguments(tmp_path):
     assert type(optimizer) is oplora.OPAdamW
     group = optimizer.param_groups[0]
     assert (group["eps"], group["betas"], group["weight_decay"]) == (1e-6, (0.9, 0.9), 0.01)
+
+
+def rates(trainer):
+    return [group["initial_lr"] for group in trainer.optimizer.param_groups]
+
+
+def test_the_arguments_are_read_when_the_optimizer_is_made(tmp_path):
+    build = partial(model, modules_to_save=["lm_head"])
+    trainer = oplora.OPTrainer(build(), arguments(tmp_path, max_steps=1), train_dataset=data())
+    changed = dict(learning_rate=0.02, weight_decay=0.3, adam_beta1=0.5, adam_epsilon=1e-3)
+    for name, value in changed.items():
+        setattr(trainer.args, name, value)
+    trainer.train()
+    assert rates(trainer) == [0.02, 0.02]  # the blocks, and what is trained directly
+    for group in trainer.optimizer.param_groups:
+        assert (group["weight_decay"], group["eps"]) == (0.3, 1e-3)
+        assert group["betas"] == (0.5, 0.999)
+
+
+def test_the_choice_of_an_optimizer_is_checked_when_it_is_made(tmp_path):
+    trainer = oplora.OPTrainer(model(), arguments(tmp_path), train_dataset=data())
+    trainer.args.optim = "sgd"
+    with pytest.raises(ValueError, match="optimizer_factory=partial"):
+        trainer.train()
+
+
+def test_every_trial_of_a_search_trains_at_its_own_rate(tmp_path):
+    def trial(lr):  # as Trainer's hyperparameter_search changes args and trains again
+        trainer.args.learning_rate = lr
+        trainer.train()
+        return rates(trainer), adapter(trainer)
+
+    options = dict(model_init=lambda: model(), train_dataset=data())
+    trainer = oplora.OPTrainer(args=arguments(tmp_path), **options)
+    for lr in (1e-3, 3e-3, 1e-2):
+        chosen, tried = trial(lr)
+        alone = oplora.OPTrainer(args=arguments(tmp_path, learning_rate=lr), **options)
+        alone.train()
+        assert chosen == [lr]
+        assert difference(tried, adapter(alone)) == 0.0
+
+
+def test_a_trial_of_trainers_own_search_sets_the_rate(tmp_path):
+    options = dict(model_init=lambda: model(), train_dataset=data())
+    trainer = oplora.OPTrainer(args=arguments(tmp_path, max_steps=1), **options)
+    trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.OPTUNA, None
+    # hyperparameter_search without its backends, none of which is installed
+    trainer.hp_space = params = lambda trial: trial.params
+    with mock.patch("transformers.integrations.hp_params", params):
+        for number, lr in enumerate((2e-3, 5e-3)):
+            trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": lr}))
+            assert rates(trainer) == [lr]
+
+
+@pytest.mark.parametrize("last", [oplora.OPTrainerMixin, oplora.OPTrainer])
+def test_a_trainer_in_front_of_the_mixin_is_refused(last):
+    class Own(Seq2SeqTrainer):
+        def create_optimizer(self, model=None):
+            return super().create_optimizer()
+
+    before = Seq2SeqTrainer if last is oplora.OPTrainerMixin else Own
+    with pytest.raises(TypeError, match=r"class Wrong\(OPTrainerMixin, (Trainer|Own)\)"):
+        type("Wrong", (before, last), {})
+
+
+def test_classes_in_the_right_order_are_made():
+    class Harmless(Seq2SeqTrainer):
+        pass
+
+    class Own(oplora.OPTrainerMixin, Harmless):
+        def create_optimizer(self, model=None):
+            return super().create_optimizer(model)
+
+    assert issubclass(type("Further", (Own,), {}), Harmless)
+    assert issubclass(type("Mixin", (oplora.OPTrainerMixin,), {}), oplora.OPTrainerMixin)
+
+
+def test_a_finished_optimizer_without_mlps_is_refused(tmp_path):
+    net = model()
+    plain = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match=r"optimizers=\(AdamW, …\) would train without the MLPs"):
+        oplora.OPTrainer(net, arguments(tmp_path), optimizers=(plain, None))
+    made = oplora.create_oplora_optimizer(net, lr=1e-3)
+    trainer = oplora.OPTrainer(net, arguments(tmp_path), optimizers=(made, None))
+    assert trainer.create_optimizer() is made
+    factory = partial(oplora.create_oplora_optimizer, lr=1e-2)
+    with pytest.raises(ValueError, match="leave it out"):
+        oplora.OPTrainer(
+            net, arguments(tmp_path), optimizers=(made, None), optimizer_factory=factory
+        )
+
+
+def test_logs_tell_the_multiplier_and_the_sizes(tmp_path):
+    trainer, _ = trained(
+        tmp_path, eval_strategy="steps", eval_steps=3, trainer_kw=dict(eval_dataset=data(4))
+    )
+    optimizer = trainer.optimizer.optimizer
+    (stack,) = optimizer.stacks
+    norms = [torch.relu(t["W1"] @ t["z"] + t["b1"]).abs().sum() for t in stack.trunks]
+    history = trainer.state.log_history
+    steps = [entry["op_multiplier"] for entry in history if "loss" in entry]
+    assert len(steps) == 6 and steps[-1] == pytest.approx(1 + float(sum(norms)) / len(norms))
+    assert steps[0] != steps[-1]
+    sizes = (history[-1]["adapter_parameters"], history[-1]["mlp_parameters"])
+    assert sizes == (optimizer.adapter_parameters, optimizer.mlp_parameters)
+    assert not any("op_multiplier" in entry for entry in history if "eval_loss" in entry)
+
+
+def test_saved_adapters_say_how_they_were_trained(tmp_path):
+    trainer, _ = trained(tmp_path, save_strategy="steps", save_steps=3)
+    trainer.save_model(str(tmp_path / "saved"))
+    trainer.save_model(str(tmp_path / "saved"))
+    trainer.save_model()
+    trainer.create_model_card()  # as push_to_hub: Trainer writes the card anew
+    for name in ("checkpoint-3", "saved", ""):
+        card = ModelCard.load(tmp_path / name / "README.md")
+        assert {"op-lora", "lora"} <= set(card.data.tags)
+        assert card.text.count("Trained with [OP-LoRA]") == 1
+        assert f"(oplora {oplora.__version__}, OPAdamW, mlp_width=32)" in card.text
+    trainer.model.save_pretrained(tmp_path / "own")
+    assert "op-lora" in ModelCard.load(tmp_path / "own" / "README.md").data.tags
+
+
+def plain(net):
+    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+
+
+def matched(net):
+    return MatchedAdamW(oplora_groups(net), lr=1e-3)
+
+
+@pytest.mark.parametrize("factory", [plain, matched])
+def test_adapters_trained_without_mlps_are_not_called_so(factory, tmp_path):
+    options = dict(save_strategy="steps", trainer_kw=dict(optimizer_factory=factory))
+    trainer, _ = trained(tmp_path, **options)
+    card = ModelCard.load(tmp_path / "checkpoint-6" / "README.md")
+    assert "op-lora" not in card.data.tags and "OP-LoRA" not in card.text
+    told = any("op_multiplier" in entry for entry in trainer.state.log_history)
+    assert told == (factory is matched)  # its step sizes are those of MLPs
 
 
 @pytest.mark.parametrize(
