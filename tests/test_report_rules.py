@@ -106,10 +106,11 @@ def test_half_the_rank_is_compared_at_the_chosen_rate():
     half = [run("oplora", 1e-2, seed, score=61.0 + seed, rank=4) for seed in range(2)]
     other = [run("oplora", 1e-1, seed, score=10.0, rank=4) for seed in range(2)]
     c = comparison({"lora": [60.0, 60.0], "oplora": [62.0, 62.0]}, every=half + other)
-    found = rules.half_the_rank(c)
+    found = rules.half_the_rank(c, "oplora", "lora")
     assert found.verdict == HOLDS and "+1.5" in found.evidence
     c = comparison({"lora": [60.0, 60.0], "oplora": [62.0, 62.0]})
-    assert rules.half_the_rank(c).command == "scripts/sweep_rank.sh vl_bart lora=0.01 oplora=0.01"
+    command = rules.half_the_rank(c, "oplora", "lora").command
+    assert command == "scripts/sweep_rank.sh vl_bart lora=0.01 oplora=0.01"
 
 
 def test_good_rates_are_neighbours_of_the_best():
@@ -185,10 +186,10 @@ def test_parameters_and_seconds():
     c = comparison({})
     assert rules.ships_the_same(c, "oplora", "lora").verdict == HOLDS
     assert rules.width_times(c, "oplora").verdict == HOLDS
-    assert rules.quicker(c, "oplora", ("lora_pro",)).verdict == NOT_RUN
+    assert rules.quicker(c, "oplora", "lora_pro").verdict == NOT_RUN
     c.records_of("oplora")[0].metrics["train_seconds"] = 4.0
-    assert rules.quicker(c, "oplora", ("lora",)).verdict == HOLDS
-    assert rules.quicker(c, "lora", ("oplora",)).verdict == FAILS
+    assert rules.quicker(c, "oplora", "lora").verdict == HOLDS
+    assert rules.quicker(c, "lora", "oplora").verdict == FAILS
     for r in c.records_of("oplora"):
         r.metrics.update(adapter_parameters=11, mlp_parameters=999)
     assert rules.ships_the_same(c, "oplora", "lora").verdict == FAILS

@@ -125,7 +125,7 @@ def costs(comparisons: Iterable[Comparison]) -> list[Row]:
 def half_rank(comparisons: Iterable[Comparison]) -> list[Row]:
     rows = []
     for c in comparisons:
-        found = half_the_rank(c)
+        found = half_the_rank(c, "oplora", "lora")
         cells = {
             "scope": str(c.scope),
             "measured": found.evidence,

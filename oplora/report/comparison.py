@@ -3,7 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from oplora.harness.runs import Record
@@ -42,7 +42,7 @@ class Comparison:
 
     @property
     def scope(self) -> Scope:
-        return titles.preset(self.experiment, self.preset).of(variant=self.variant)
+        return replace(titles.preset(self.experiment, self.preset), variant=self.variant)
 
     @cached_property
     def sweep(self) -> Sweep:
@@ -80,7 +80,9 @@ class Comparison:
 
     def scores(self, method: str) -> dict[int, float]:
         """Seed → score of a method at its chosen rate."""
-        runs = self.at_best.get(method, [])
+        return self._by_seed(self.at_best.get(method, []))
+
+    def _by_seed(self, runs: Iterable[Record]) -> dict[int, float]:
         return {r.config["seed"]: s for r in runs if (s := self.score(r)) is not None}
 
     def records_of(self, method: str) -> list[Record]:
@@ -102,29 +104,31 @@ class Comparison:
 
     def scores_at(self, method: str, **options) -> dict[int, float]:
         """Seed → score at the chosen rate, with another rank or mlp_width."""
-        wanted = {"lr": self.chosen.get(method), **options}
-        return {
-            r.config["seed"]: s
-            for r in trained(self.every or self.records)
-            if method_of(r) == method
-            and all(r.config[key] == value for key, value in wanted.items() if value is not None)
-            and (s := self.score(r)) is not None
-        }
+        return self._by_seed(
+            r
+            for r in self.at_chosen_rate(self.every or self.records)
+            if method_of(r) == method and options.items() <= r.config.items()
+        )
 
     def by_width(self, method: str) -> dict[int, dict[int, float]]:
         """Width of the MLP → seed → score, at the rate chosen for the usual width."""
         runs = [r for r in self.every or self.records if method_of(r) == method]
-        scores = {
-            width: self.scores_at(method, rank=self.rank, mlp_width=width)
-            for width in sorted({r.config["mlp_width"] for r in runs})
-        }
+        widths = sorted({r.config["mlp_width"] for r in runs})
+        scores = {w: self.scores_at(method, rank=self.rank, mlp_width=w) for w in widths}
         return {width: by_seed for width, by_seed in scores.items() if by_seed}
 
     def advantage(self, method: str, base: str) -> list[float]:
         """By how much a method is better than another, for every seed that both have."""
-        mine, theirs = self.scores(method), self.scores(base)
-        sign = 1 if self.higher else -1
-        return [sign * (mine[seed] - theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+        return self.gains(self.scores(method), self.scores(base))
+
+    def gains(self, mine: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+        """By how much scores are better than others, for every seed that both have."""
+        shared = sorted(mine.keys() & theirs.keys())
+        return [self.sign * (mine[seed] - theirs[seed]) for seed in shared]
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.higher else -1
 
     def losses(self, method: str) -> dict[float, float]:
         """Learning rate → mean validation loss; infinite where a run diverged."""
@@ -216,27 +220,28 @@ def good_rates(losses: dict[float, float], best: float | None = None) -> GoodRat
     return GoodRates(grid[start : stop + 1], grid)
 
 
-def main_rank(records: list[Record]) -> int | None:
-    """The rank at which most methods were run."""
-    methods: dict[int, set[str]] = {}
-    for r in records:
-        methods.setdefault(r.config["rank"], set()).add(method_of(r))
-    return max(methods, key=lambda rank: len(methods[rank]), default=None)
-
-
-def usual(record: Record, records: list[Record]) -> bool:
-    """Is a run of the rank at which most of these were run, and of its method's usual width?
+def usual(records: Sequence[Record]) -> list[Record]:
+    """Those of the rank at which most methods were run, and of their method's usual width.
 
     The usual width is the config's for the method (`widths`), else the one that most runs have.
     """
-    if record.config["rank"] != main_rank(records):
-        return False
-    widths = record.config.get("widths")
-    name = method_of(record)
-    if widths is not None:
-        return record.config["mlp_width"] == widths.get(name, widths["default"])
-    every = [r.config["mlp_width"] for r in records if method_of(r) == name]
-    return record.config["mlp_width"] == Counter(every).most_common(1)[0][0]
+    ranks = dict.fromkeys((method_of(r), r.config["rank"]) for r in records)
+    rank = _most_common(rank for _, rank in ranks)
+    widths = {
+        name: _most_common(r.config["mlp_width"] for r in runs)
+        for name, runs in by_method(records).items()
+    }
+
+    def usual_width(r: Record) -> int:
+        given, name = r.config.get("widths"), method_of(r)
+        return widths[name] if given is None else given.get(name, given["default"])
+
+    right_rank = [r for r in records if r.config["rank"] == rank]
+    return [r for r in right_rank if r.config["mlp_width"] == usual_width(r)]
+
+
+def _most_common(values: Iterable[int]) -> int | None:
+    return next((value for value, _ in Counter(values).most_common(1)), None)
 
 
 def trained(records: Iterable[Record]) -> list[Record]:

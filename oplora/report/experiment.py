@@ -76,7 +76,7 @@ class Experiment:
         for preset, variant in scales:
             every = [r for r in records if is_tuned(r) and self._scale(r) == (preset, variant)]
             several = len([scale for scale in scales if scale[0] == preset]) > 1
-            usual_runs = [r for r in every if usual(r, every)]
+            usual_runs = usual(every)
             rank = usual_runs[0].config["rank"]
             for score in self.scores:
                 column = score.cited and score.cited.format(rank=rank)

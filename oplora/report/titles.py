@@ -5,7 +5,7 @@ The files are read as they stand: a run's own config has these fields only if it
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import inf
 from pathlib import Path
@@ -97,9 +97,6 @@ class Scope:
     @property
     def short(self) -> str:
         return f"{self.model} ({self.unit})" if self.unit else self.model
-
-    def of(self, **parts: str) -> "Scope":
-        return replace(self, **parts)
 
 
 @cache

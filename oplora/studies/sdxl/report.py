@@ -37,7 +37,7 @@ def comparisons(records: list[Record]) -> list[Comparison]:
             experiment="sdxl",
             preset=preset,
             name=f"sdxl_{preset}_{dataset}",
-            records=[r for r in measured if usual(r, measured)],
+            records=usual(measured),
             every=measured,
             swept=swept,
             sweep_name=f"sdxl_{preset}_rates",

@@ -19,7 +19,6 @@ from oplora.studies.matrix_factorization.report.study import (
     REACHED,
     Studies,
     Study,
-    complete,
     studies,
 )
 
@@ -69,7 +68,8 @@ class Results:
 
     @cached_property
     def complete(self) -> Studies:
-        return complete(self.studies)
+        """The optimizers for which both MF and OP-MF were run."""
+        return {name: found for name, found in self.studies.items() if {"mf", "opmf"} <= set(found)}
 
     def claims(self) -> list[Claim]:
         return claims(self.complete)
@@ -143,12 +143,12 @@ def summary(found: Studies) -> list[Row]:
             cells = {
                 "optimizer": OPTIMIZERS[optimizer],
                 "method": title(name) + study.mark,
-                "best rate": f"{study.rates[study.best]:g}",
+                "best rate": f"{study.best_rate:g}",
                 "MSE at best rate": _band(study.final[study.best]),
                 "SVD": f"{numpy.median(study.svd):.4f}",
                 "rates reaching SVD": f"{study.reaches.sum()} of {len(study.rates)}",
                 "diverging": int(study.diverges.sum()),
-                "steps to SVD": _steps(study.steps_to_svd(study.best)),
+                "steps to SVD": _steps(study.steps_to_svd[study.best]),
                 "trained parameters": study.record.metrics["trained_parameters"],
             }
             rows.append(Row(cells, [study.record]))
