@@ -9,6 +9,7 @@ from oplora import report
 from oplora.harness.runs import Record
 from oplora.report import claims, rules
 from oplora.report.comparison import Comparison, good_rates
+from oplora.report.metrics import Score
 from oplora.report.rules import FAILS, HOLDS, IN_A_RANGE, NOT_RUN, UNTESTABLE
 
 SWEEP = {"lora": {1e-3: 3.0, 1e-2: 2.0, 1e-1: 4.0}, "oplora": {1e-3: 3.1, 1e-2: 1.9, 1e-1: 4.1}}
@@ -27,7 +28,7 @@ def run(method, lr, seed=0, loss=2.0, score=None, **options):
     return Record(Path(method), config, {}, metrics | ({} if score is None else {"score": score}))
 
 
-def comparison(scores, sweep=SWEEP, every=(), **options):
+def comparison(scores, sweep=SWEEP, every=(), higher=True, **options):
     """scores: method → one per seed, at the method's best rate of the sweep."""
     runs = [run(m, lr, loss=loss) for m, losses in sweep.items() for lr, loss in losses.items()]
     for method, values in scores.items():
@@ -40,8 +41,7 @@ def comparison(scores, sweep=SWEEP, every=(), **options):
         records=runs,
         every=[*runs, *every],
         loss=lambda r: r.metrics["validation_loss"][-1][1],
-        score=lambda r: r.metrics.get("score"),
-        unit="points",
+        score=Score("points", "score", scale=1, higher=higher),
         **{"cited": CITED} | options,
     )
 

@@ -43,7 +43,7 @@ class Report:
 
     @cached_property
     def results(self) -> list:
-        """Of every experiment: its comparisons, section, claims, standings and sweeps."""
+        """Of every experiment: its comparisons, section, claims, standings and sensitivity."""
         return [experiment.read(self.records) for experiment in experiments()]
 
     @cached_property
@@ -70,7 +70,7 @@ class Report:
             across.section(
                 [c for results in self.results for c in results.comparisons],
                 [row for results in self.results for row in results.standings()],
-                [sweep for results in self.results for sweep in results.sweeps()],
+                [row for results in self.results for row in results.sensitivity()],
                 [method for experiment in experiments() for method in experiment.stand_ins],
             ),
             *own,

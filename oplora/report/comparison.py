@@ -8,6 +8,7 @@ from functools import cached_property
 
 from oplora.harness.runs import Record
 from oplora.report import titles
+from oplora.report.metrics import Score
 from oplora.report.statistics import mean_interval
 from oplora.report.titles import Scope, by_method, in_order, method_of
 
@@ -27,10 +28,7 @@ class Comparison:
     name: str  # of its tables and figures
     records: list[Record]
     loss: Callable[[Record], float | None]
-    score: Callable[[Record], float | None]
-    unit: str  # of the score
-    digits: int = 1
-    higher: bool = True  # is a higher score better?
+    score: Score
     cited: Mapping[str, float] = field(default_factory=dict)  # method → the paper's score
     every: Sequence[Record] = ()  # with the runs of other ranks and widths, if there are any
     swept: list[Record] | None = None  # what chooses the rates, if not `records`
@@ -128,7 +126,7 @@ class Comparison:
 
     @property
     def sign(self) -> int:
-        return 1 if self.higher else -1
+        return 1 if self.score.higher else -1
 
     def losses(self, method: str) -> dict[float, float]:
         """Learning rate → mean validation loss; infinite where a run diverged."""

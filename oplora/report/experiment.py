@@ -2,7 +2,7 @@
 
 A room of oplora.studies takes part through a module `report` with an object EXPERIMENT: an
 `Experiment`, or anything else with its `name`, `order`, `readme`, `stand_ins` and `read`, which
-gives what `FineTuning` has: comparisons, section, claims, standings and sweeps.
+gives what `FineTuning` has: comparisons, section, claims, standings and sensitivity.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,25 +14,10 @@ from oplora.report import across, tables
 from oplora.report.claims import Claim, Thesis, of_experiment
 from oplora.report.comparison import Comparison, one_per_scale, usual
 from oplora.report.figures import Curves, over_training, rate_parts
+from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, Row, Section
-from oplora.report.tables import Column, Groups, Items
+from oplora.report.tables import Groups, Items
 from oplora.report.titles import by_method
-
-
-@dataclass(frozen=True)
-class Score:
-    """A metric by which methods are compared."""
-
-    metric: str
-    unit: str
-    digits: int = 1
-    scale: float = 100  # fractions are shown in percent
-    higher: bool = True  # is a higher score better?
-    cited: str | None = None  # the column of the paper's table; may name the {rank}
-
-    def __call__(self, record: Record) -> float | None:
-        value = record.metrics.get(self.metric)
-        return None if value is None else self.scale * value
 
 
 @dataclass(frozen=True)
@@ -88,9 +73,6 @@ class Experiment:
                     every=every,
                     loss=self.loss,
                     score=score,
-                    unit=score.unit,
-                    digits=score.digits,
-                    higher=score.higher,
                     cited=tables.cited_scores(self.paper, column) if column else {},
                     variant=self.variant_title.format(variant) if several else "",
                 )
@@ -164,5 +146,5 @@ class FineTuning:
     def standings(self) -> list[Row]:
         return [row for c in self.comparisons for row in across.standing(c)]
 
-    def sweeps(self) -> list[across.Losses]:
-        return [losses for c in one_per_scale(self.comparisons) for losses in across.losses(c)]
+    def sensitivity(self) -> list[Row]:
+        return [row for c in one_per_scale(self.comparisons) for row in across.sensitivity_of(c)]

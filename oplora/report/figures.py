@@ -13,7 +13,7 @@ from oplora.report.comparison import Comparison, Sweep
 from oplora.report.page import Part, ReportFigure
 from oplora.report.statistics import at_shared_steps, mean_interval
 from oplora.report.tables import Groups, rate_table
-from oplora.report.titles import by_method, method, title
+from oplora.report.titles import by_method, by_number, method, title
 
 
 def loss_curve(record: Record) -> list[list[float]]:
@@ -80,11 +80,10 @@ def over_widths(
     """Mean and range over seeds by the MLP's width; the means of two methods as lines."""
     axis = _axis("width of the MLP", ylabel)
     for name_, runs in by_method(records).items():
-        widths = sorted({r.config["mlp_width"] for r in runs})
-        values = [[score(r) for r in runs if r.config["mlp_width"] == w] for w in widths]
-        means = [mean_interval(v)[0] for v in values]
-        (line,) = axis.plot(widths, means, "o-", label=title(name_))
-        shade(axis, line, list(map(min, values)), list(map(max, values)))
+        values = {w: list(map(score, same)) for w, same in by_number(runs, "mlp_width").items()}
+        means = [mean_interval(v)[0] for v in values.values()]
+        (line,) = axis.plot(list(values), means, "o-", label=title(name_))
+        shade(axis, line, list(map(min, values.values())), list(map(max, values.values())))
     for (name_, runs), style in zip(lines.items(), (":", "--"), strict=True):
         if runs:
             mean = mean_interval([score(r) for r in runs])[0]

@@ -52,7 +52,7 @@ def better(c: Comparison, method: str, base: str) -> Finding:
     evidence = f"{_gain(method, base)}: {interval(gains, c)} at each one's best rate"
     expected = cited_gain(c, method, base)
     if expected is not None:
-        evidence += f" (the paper's: {expected:+.{c.digits}f})"
+        evidence += f" (the paper's: {expected:+.{c.score.digits}f})"
     figure = c.rates_figure
     if c.unfit:
         return Finding(UNTESTABLE, f"{evidence}; {c.unfit}", figure)
@@ -151,8 +151,8 @@ def best_seed(c: Comparison, method: str, base: str) -> Finding:
     scores = [c.scores(m).values() for m in (method, base)]
     if min(map(len, scores)) < 2:
         return missing(c, base, method)
-    mine, theirs = map(max if c.higher else min, scores)
-    evidence = f"best seed: {title(method)} {mine:.2f}, {title(base)} {theirs:.2f} {c.unit}"
+    mine, theirs = map(max if c.score.higher else min, scores)
+    evidence = f"best seed: {title(method)} {mine:.2f}, {title(base)} {theirs:.2f} {c.score.title}"
     return Finding(HOLDS if c.sign * (mine - theirs) > 0 else FAILS, evidence)
 
 
@@ -236,7 +236,7 @@ def cited_gain(c: Comparison, method: str, base: str) -> float | None:
     """The paper's difference: in points, or for distances the same fraction of the one here."""
     if method not in c.cited or base not in c.cited:
         return None
-    if c.higher:
+    if c.score.higher:
         return c.cited[method] - c.cited[base]
     here = mean_interval(list(c.scores(base).values()))[0]
     return here * (c.cited[base] - c.cited[method]) / c.cited[base]
@@ -267,10 +267,10 @@ def _gain(method: str, base: str) -> str:
 def interval(gains: list[float], c: Comparison) -> str:
     """Mean and 95% interval of differences, in the comparison's unit."""
     mean, half = mean_interval(gains)
-    digits = c.digits
+    digits = c.score.digits
     if half is None:
-        return f"{mean:+.{digits}f} {c.unit} (one seed)"
-    return f"{mean:+.{digits}f} ± {half:.{digits}f} {c.unit} ({len(gains)} seeds)"
+        return f"{mean:+.{digits}f} {c.score.title} (one seed)"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f} {c.score.title} ({len(gains)} seeds)"
 
 
 def _metric(c: Comparison, method: str, key: str) -> float | None:

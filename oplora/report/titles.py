@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,15 @@ def by_method(records: Iterable[Record]) -> dict[str, list[Record]]:
     for r in records:
         groups[method_of(r)].append(r)
     return {name: groups[name] for name in in_order(groups)}
+
+
+def by_number(records: Iterable[Record], key: str) -> dict[int, list[Record]]:
+    """Runs by a number of the config, in its order."""
+
+    def number(record: Record) -> int:
+        return record.config[key]
+
+    return {n: list(same) for n, same in groupby(sorted(records, key=number), number)}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from oplora.harness.runs import Record
 from oplora.report import rules
 from oplora.report.claims import Thesis, better
 from oplora.report.comparison import Comparison
-from oplora.report.experiment import Experiment, Score
+from oplora.report.experiment import Experiment
 from oplora.report.figures import Curves
+from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, Statement
 from oplora.report.statistics import mean_interval, paired_bootstrap, shown
-from oplora.report.tables import Column, Groups, Items, paired_items, signed
+from oplora.report.tables import Groups, Items, paired_items, signed
 from oplora.report.titles import method, title
 
 
@@ -95,8 +96,8 @@ EXPERIMENT = Experiment(
     loss_caption="Validation NLL after training, nats per token, by learning rate",
     loss_margin=(0.05, 0.8),
     scores=(
-        Score("accuracy", "points of accuracy", cited="average"),
-        Score("held_out_nll", "held-out nats per token", digits=3, scale=1, higher=False),
+        Score("points of accuracy", "accuracy", cited="average"),
+        Score("held-out nats per token", "held_out_nll", digits=3, scale=1, higher=False),
     ),
     about="The learning rate of every method is the one with the lowest validation NLL of its grid "
     "(of the same length for all); the test set is scored at that rate only.",

@@ -8,13 +8,14 @@ from oplora.harness.runs import Record
 from oplora.report import rules
 from oplora.report.claims import Thesis, better
 from oplora.report.comparison import Comparison, final_loss
-from oplora.report.experiment import Experiment, Score
+from oplora.report.experiment import Experiment
 from oplora.report.figures import Curves, over_widths
-from oplora.report.page import Part
-from oplora.report.tables import Column, Groups, Items, grouped_table, signed
+from oplora.report.metrics import Column, Score
+from oplora.report.page import Part, Table
+from oplora.report.tables import Groups, Items, grouped_rows, signed
 
 # CIDEr has another unit, which would rule the average of four.
-ACCURACY = Score("average_without_captions", "points of accuracy", cited="average without captions")
+ACCURACY = Score("points of accuracy", "average_without_captions", cited="average without captions")
 COLUMNS = (  # all are shown × 100, as the paper does
     Column("vqa", "vqa_accuracy"),
     Column("gqa", "gqa_accuracy"),
@@ -58,9 +59,10 @@ def widths(c: Comparison, final: Groups) -> list[Part]:
         f"{c.scope}: the MLP's width, at the rate chosen for the usual one; test set, mean ± 95% "
         "interval (seeds)."
     )
+    columns = ("method", "rate", "width", *(c.title for c in COLUMNS), "trained parameters")
     return [
         over_widths(name, drawn, records, ACCURACY, "test accuracy, %", plain),
-        grouped_table(name, listed, records, "mlp_width", COLUMNS, costs=("trained parameters",)),
+        Table(name, listed, grouped_rows(records, "mlp_width", COLUMNS), columns),
     ]
 
 

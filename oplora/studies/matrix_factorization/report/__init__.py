@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy
 
 from oplora.harness.runs import Record
-from oplora.report.across import Losses
+from oplora.report.across import sensitivity
 from oplora.report.claims import Claim
 from oplora.report.comparison import Comparison
 from oplora.report.page import Part, Row, Section, Table
@@ -103,17 +103,15 @@ class Results:
             for optimizer, methods in self.studies.items()
         ]
 
-    def sweeps(self) -> list[Losses]:
-        return [
-            Losses(
-                f"matrix factorization, {OPTIMIZERS[optimizer]}",
-                title(name),
-                dict(zip(study.rates, study.median.tolist(), strict=True)),
-                [study.record],
-            )
-            for optimizer, methods in self.studies.items()
-            for name, study in methods.items()
-        ]
+    def sensitivity(self) -> list[Row]:
+        found = []
+        for optimizer, methods in self.studies.items():
+            sweeps = [
+                (title(name), dict(zip(study.rates, study.median, strict=True)), [study.record])
+                for name, study in methods.items()
+            ]
+            found += sensitivity(f"matrix factorization, {OPTIMIZERS[optimizer]}", sweeps)
+        return found
 
 
 def claim_rows(found: list[Claim]) -> list[Row]:
