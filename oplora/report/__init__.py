@@ -46,15 +46,18 @@ class Report:
         """Of every experiment: its comparisons, section, claims, standings and sensitivity."""
         return [experiment.read(self.records) for experiment in experiments()]
 
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return [c for results in self.results for c in results.comparisons]
+
     @cached_property
     def claims(self) -> list[claims.Claim]:
         """All claims of the paper, judged or waiting for runs, as the page shows them."""
-        compared = [c for results in self.results for c in results.comparisons]
         own = [claim for results in self.results for claim in results.claims()]
         return [
-            claims.consistent(compared),
+            claims.consistent(self.comparisons),
             *sorted(own, key=lambda claim: claim.order),
-            *claims.general(compared, experiments()[-1].name),
+            *claims.general(self.comparisons, experiments()[-1].name),
         ]
 
     @cached_property
@@ -68,7 +71,7 @@ class Report:
         return [
             claims.page(self.claims),
             across.section(
-                [c for results in self.results for c in results.comparisons],
+                self.comparisons,
                 [row for results in self.results for row in results.standings()],
                 [row for results in self.results for row in results.sensitivity()],
                 [method for experiment in experiments() for method in experiment.stand_ins],

@@ -25,15 +25,9 @@ def standing(c: Comparison) -> list[Row]:
 
 def sensitivity_of(c: Comparison) -> list[Row]:
     """Every method's sweep, if it was made on this data."""
-    sweeps = [
-        (
-            label(m, c.records_of(m)),
-            c.losses(m),
-            [r for r in c.sweep_runs if method_of(r) == m],
-        )
-        for m in (c.sweep if c.own_sweep else ())
-    ]
-    return sensitivity(str(c.scope), sweeps)
+    runs = {m: [r for r in c.sweep_runs if method_of(r) == m] for m in c.sweep}
+    sweeps = [(label(m, c.records_of(m)), c.losses(m), runs[m]) for m in c.sweep]
+    return sensitivity(str(c.scope), sweeps) if c.own_sweep else []
 
 
 def control_methods() -> list[str]:
@@ -89,7 +83,7 @@ def sensitivity(
     scope: str, sweeps: Sequence[tuple[str, dict[float, float], list[Record]]]
 ) -> list[Row]:
     """sweeps: method as the tables show it, loss by rate (infinite: it diverged), and the runs."""
-    best = min((min(by_rate.values()) for _, by_rate, _ in sweeps), default=None)
+    best = min(min(by_rate.values()) for _, by_rate, _ in sweeps)
     return [
         Row(
             {
@@ -114,14 +108,16 @@ def costs(comparisons: Iterable[Comparison]) -> list[Row]:
 
 
 def half_rank(comparisons: Iterable[Comparison]) -> list[Row]:
-    rows = []
-    for c in comparisons:
-        found = half_the_rank(c, "oplora", "lora")
-        cells = {
-            "scope": str(c.scope),
-            "measured": found.evidence,
-            "is it as good?": found.verdict,
-            "to be run": found.command,
-        }
-        rows.append(Row(cells, c.runs_of("lora", "oplora")))
-    return rows
+    findings = [(c, half_the_rank(c, "oplora", "lora")) for c in comparisons]
+    return [
+        Row(
+            {
+                "scope": str(c.scope),
+                "measured": found.evidence,
+                "is it as good?": found.verdict,
+                "to be run": found.command,
+            },
+            c.runs_of("lora", "oplora"),
+        )
+        for c, found in findings
+    ]

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 
 from oplora.harness.runs import Record
 from oplora.report import titles
@@ -207,15 +208,13 @@ def good_rates(losses: dict[float, float], best: float | None = None) -> GoodRat
     """Rates within TOLERANCE of `best` (default: the lowest of these losses)."""
     grid = sorted(losses)
     best = min(losses.values()) if best is None else best
-    good = [losses[rate] <= TOLERANCE * best for rate in grid]
-    start = stop = grid.index(min(grid, key=losses.get))
-    if not good[start]:
-        return GoodRates([], grid)
-    while start > 0 and good[start - 1]:
-        start -= 1
-    while stop + 1 < len(grid) and good[stop + 1]:
-        stop += 1
-    return GoodRates(grid[start : stop + 1], grid)
+
+    def good(rate: float) -> bool:
+        return losses[rate] <= TOLERANCE * best
+
+    middle = grid.index(min(grid, key=losses.get))
+    lower, higher = takewhile(good, grid[:middle][::-1]), takewhile(good, grid[middle:])
+    return GoodRates(sorted([*lower, *higher]), grid)
 
 
 def usual(records: Sequence[Record]) -> list[Record]:

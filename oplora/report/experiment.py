@@ -57,10 +57,11 @@ class Experiment:
     def comparisons(self, records: list[Record]) -> list[Comparison]:
         """For each preset and variant one by every score."""
         found = []
-        scales = sorted({self._scale(r) for r in records if is_tuned(r)})
-        for preset, variant in scales:
-            every = [r for r in records if is_tuned(r) and self._scale(r) == (preset, variant)]
-            several = len([scale for scale in scales if scale[0] == preset]) > 1
+        scales: dict[tuple[str, str], list[Record]] = {}
+        for r in filter(is_tuned, records):
+            scales.setdefault((r.config["preset"], self.variant(r)), []).append(r)
+        for (preset, variant), every in sorted(scales.items()):
+            several = len([name for name, _ in scales if name == preset]) > 1
             usual_runs = usual(every)
             rank = usual_runs[0].config["rank"]
             for score in self.scores:
@@ -78,9 +79,6 @@ class Experiment:
                 )
                 found.append(comparison)
         return found
-
-    def _scale(self, record: Record) -> tuple[str, str]:
-        return record.config["preset"], self.variant(record)
 
     def parts(self, c: Comparison, base: list[Record]) -> list[Part]:
         """The sweep, the results, the differences by item, the curves, and what is its own."""
@@ -134,11 +132,14 @@ class FineTuning:
         return Section(experiment.title, [*experiment.intro, paper, *parts])
 
     def _parts(self) -> list[Part]:
-        found: list[Part] = []
-        for c in one_per_scale(self.comparisons):
-            base = [r for r in self.records if not is_tuned(r) and r.config["preset"] == c.preset]
-            found += self.experiment.parts(c, base)
-        return found
+        base = [r for r in self.records if not is_tuned(r)]
+        return [
+            part
+            for c in one_per_scale(self.comparisons)
+            for part in self.experiment.parts(
+                c, [r for r in base if r.config["preset"] == c.preset]
+            )
+        ]
 
     def claims(self) -> list[Claim]:
         return of_experiment(self.experiment.theses, self.experiment.name, self.comparisons)

@@ -56,7 +56,8 @@ def better(c: Comparison, method: str, base: str) -> Finding:
     figure = c.rates_figure
     if c.unfit:
         return Finding(UNTESTABLE, f"{evidence}; {c.unfit}", figure)
-    if mean - half > 0:
+    low, high = mean - half, mean + half
+    if low > 0:
         return Finding(HOLDS, evidence, figure)
     window = lower_at(c, method, base)
     if len(window) > 1:
@@ -64,11 +65,8 @@ def better(c: Comparison, method: str, base: str) -> Finding:
             f"; lower validation loss (seeds of the sweep: {c.sweep_seeds(method, base)}) at the "
             f"same rate from {window[0]:g} to {window[-1]:g}"
         )
-    if mean + half < 0:
-        return Finding(FAILS, evidence, figure)
-    if len(window) > 1:
-        return Finding(IN_A_RANGE, evidence, figure)
-    if expected is not None and mean - half <= 0 < expected <= mean + half:
+        return Finding(FAILS if high < 0 else IN_A_RANGE, evidence, figure)
+    if expected is not None and low <= 0 < expected <= high:
         return Finding(UNTESTABLE, evidence + "; the interval holds both", figure)
     return Finding(FAILS, evidence, figure)
 
@@ -228,7 +226,7 @@ def quicker(c: Comparison, method: str, *others: str) -> Finding:
     if method not in run or len(run) < 2:
         return missing(c, method, *others)
     evidence = "; ".join(f"{title(m)} {s:.0f} s" for m, s in run.items())
-    ahead = all(run[method] < s for m, s in run.items() if m != method)
+    ahead = run.pop(method) < min(run.values())
     return Finding(HOLDS if ahead else FAILS, evidence)
 
 

@@ -12,9 +12,11 @@ from oplora.report.experiment import Experiment
 from oplora.report.figures import Curves
 from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, Statement
-from oplora.report.statistics import mean_interval, paired_bootstrap, shown
+from oplora.report.statistics import mean_interval, paired_bootstrap
 from oplora.report.tables import Groups, Items, paired_items, signed
 from oplora.report.titles import method, title
+
+NLL = Column("held-out NLL", "held_out_nll", 3, 1)
 
 
 def columns(final: Groups) -> list[Column]:
@@ -22,7 +24,7 @@ def columns(final: Groups) -> list[Column]:
     metrics = next(iter(final.values()))[0].metrics
     tasks = [key for key in metrics if key.startswith("accuracy_")]
     return [
-        Column("held-out NLL", "held_out_nll", 3, 1),
+        NLL,
         Column("average", "accuracy"),
         *(Column(key.removeprefix("accuracy_"), key, detail=True) for key in tasks),
     ]
@@ -66,10 +68,10 @@ def beyond(c: Comparison, final: Groups) -> list[Part]:
     if not {"lora", "oplora"} <= set(final):
         return []
     rivals = [m for m in final if m == "lora" or method(m).role == "control"]
-    nll = {m: [r.metrics["held_out_nll"] for r in final[m]] for m in ["lora", "oplora", *rivals]}
-    texts = [f"{title(m)} {shown(nll[m], 3)} at rate {c.chosen[m]:g}" for m in nll]
+    names = dict.fromkeys(["lora", "oplora", *rivals])
+    texts = [f"{title(m)} {NLL.cell(final[m])} at rate {c.chosen[m]:g}" for m in names]
     sentences = [f"Held-out NLL, each at its own best rate: {'; '.join(texts)}."]
-    best = min(rivals, key=lambda m: mean_interval(nll[m])[0])
+    best = min(rivals, key=lambda m: mean_interval(list(map(NLL, final[m])))[0])
     judged = {best: "The best of LoRA and its controls is"}
     judged |= {"lora_matched_mlp_start": "The control with OP-LoRA's step sizes and first A is"}
     for rival, which in judged.items():

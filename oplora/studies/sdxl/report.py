@@ -51,16 +51,10 @@ def comparisons(records: list[Record]) -> list[Comparison]:
             override=f"dataset={dataset}",
         )
         base = [r for r in records if not is_tuned(r) and _scale(r) == (preset, dataset)]
-        found.append(gated(comparison, base))
+        rows = gate(base[0], comparison.at_best) if base else []
+        fails = any(row.cells.get("holds") == "no" for row in rows)
+        found.append(replace(comparison, unfit="the gate does not hold" if fails else ""))
     return found
-
-
-def gated(c: Comparison, base: list[Record]) -> Comparison:
-    """unfit where the base model was measured and its gate does not hold."""
-    rows = gate(base[0], c.at_best) if base else []
-    if any(row.cells.get("holds") == "no" for row in rows):
-        return replace(c, unfit="the gate does not hold")
-    return c
 
 
 def body(results: FineTuning) -> list[Part]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy
+import pandas
 
 from oplora.harness.runs import Record
 from oplora.report.across import sensitivity
@@ -11,7 +12,7 @@ from oplora.report.claims import Claim
 from oplora.report.comparison import Comparison
 from oplora.report.page import Part, Row, Section, Table
 from oplora.report.tables import COSTS
-from oplora.report.titles import title
+from oplora.report.titles import label, title
 from oplora.studies.matrix_factorization.report import figures
 from oplora.studies.matrix_factorization.report.claims import claims
 from oplora.studies.matrix_factorization.report.study import (
@@ -140,7 +141,7 @@ def summary(found: Studies) -> list[Row]:
         for name, study in methods.items():
             cells = {
                 "optimizer": OPTIMIZERS[optimizer],
-                "method": title(name) + study.mark,
+                "method": label(name, [study.record]),
                 "best rate": f"{study.best_rate:g}",
                 "MSE at best rate": _band(study.final[study.best]),
                 "SVD": f"{numpy.median(study.svd):.4f}",
@@ -155,12 +156,10 @@ def summary(found: Studies) -> list[Row]:
 
 def final_errors(methods: dict[str, Study]) -> list[Row]:
     """One row per rate, one column per method."""
-    runs = [study.record for study in methods.values()]
-    rows = [Row({"rate": f"{rate:g}"}, runs) for rate in next(iter(methods.values())).rates]
-    for name, study in methods.items():
-        for row, final in zip(rows, study.final, strict=True):
-            row.cells[title(name)] = _band(final)
-    return rows
+    bands = {title(name): list(map(_band, study.final)) for name, study in methods.items()}
+    rates = [f"{rate:g}" for rate in next(iter(methods.values())).rates]
+    rows = pandas.DataFrame({"rate": rates, **bands}).to_dict("records")
+    return [Row(cells, [study.record for study in methods.values()]) for cells in rows]
 
 
 def _band(final: numpy.ndarray) -> str:

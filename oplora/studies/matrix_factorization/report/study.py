@@ -35,11 +35,6 @@ class Study:
             return {name: archive[name] for name in archive.files}
 
     @property
-    def mark(self) -> str:
-        """† where the run is noted (see report.provenance)."""
-        return "†" if "note" in self.record.environment else ""
-
-    @property
     def rates(self) -> list[float]:
         return self.record.config["rates"]
 
