@@ -11,7 +11,7 @@ from oplora.harness.runs import Record
 from oplora.report import titles
 from oplora.report.metrics import Score
 from oplora.report.statistics import mean_interval
-from oplora.report.titles import Scope, by_method, in_order, method_of
+from oplora.report.titles import Scope, by_method, by_number, in_order, method_of
 
 TOLERANCE = 1.05  # a rate is good if its validation loss is within 5% of the best
 Sweep = dict[str, dict[float, list[float]]]  # method → learning rate → one value per seed
@@ -77,6 +77,12 @@ class Comparison:
         found = trained(records)
         return [r for r in found if r.config["lr"] == self.chosen.get(method_of(r), r.config["lr"])]
 
+    @cached_property
+    def scored(self) -> list[Record]:
+        """Runs with a score of every rank and width, at the rates chosen for the usual ones."""
+        runs = self.at_chosen_rate(self.every or self.records)
+        return [r for r in runs if self.score(r) is not None]
+
     def scores(self, method: str) -> dict[int, float]:
         """Seed → score of a method at its chosen rate."""
         return self._by_seed(self.at_best.get(method, []))
@@ -101,20 +107,18 @@ class Comparison:
     def rank(self) -> int:
         return (self.records or self.sweep_runs)[0].config["rank"]
 
-    def scores_at(self, method: str, **options) -> dict[int, float]:
-        """Seed → score at the chosen rate, with another rank or mlp_width."""
-        return self._by_seed(
-            r
-            for r in self.at_chosen_rate(self.every or self.records)
-            if method_of(r) == method and options.items() <= r.config.items()
-        )
+    def of_rank(self, method: str, rank: float) -> list[Record]:
+        """Those of `scored` of a method at this rank."""
+        return [r for r in self.scored if method_of(r) == method and r.config["rank"] == rank]
+
+    def scores_at(self, method: str, rank: float) -> dict[int, float]:
+        """Seed → score at the chosen rate, with another rank."""
+        return self._by_seed(self.of_rank(method, rank))
 
     def by_width(self, method: str) -> dict[int, dict[int, float]]:
         """Width of the MLP → seed → score, at the rate chosen for the usual width."""
-        runs = [r for r in self.every or self.records if method_of(r) == method]
-        widths = sorted({r.config["mlp_width"] for r in runs})
-        scores = {w: self.scores_at(method, rank=self.rank, mlp_width=w) for w in widths}
-        return {width: by_seed for width, by_seed in scores.items() if by_seed}
+        widths = by_number(self.of_rank(method, self.rank), "mlp_width")
+        return {width: self._by_seed(runs) for width, runs in widths.items()}
 
     def advantage(self, method: str, base: str) -> list[float]:
         """By how much a method is better than another, for every seed that both have."""

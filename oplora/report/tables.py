@@ -1,5 +1,6 @@
 """Tables of methods beside one another: rates, results, differences to LoRA, ranks and widths."""
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,12 @@ def rate_table(name: str, caption: str, sweep: Sweep, records: Sequence[Record])
             row[f"{rate:g}"] = text
         rows.append(Row(row, [r for r in records if method_of(r) == method]))
     return Table(name, f"{caption} The chosen rate has a star.", rows)
+
+
+def predictions(record: Record) -> list[dict[str, Any]]:
+    """What was predicted for every test item."""
+    lines = (record.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return list(map(json.loads, lines))
 
 
 def paired_items(

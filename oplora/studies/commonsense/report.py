@@ -1,7 +1,5 @@
 """Table 2: commonsense reasoning, with the learning-rate sweep and the controls."""
 
-import json
-
 import pandas
 
 from oplora.harness.runs import Record
@@ -13,7 +11,7 @@ from oplora.report.figures import Curves
 from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, Statement
 from oplora.report.statistics import mean_interval, paired_bootstrap
-from oplora.report.tables import Groups, Items, paired_items, signed
+from oplora.report.tables import Groups, Items, paired_items, predictions, signed
 from oplora.report.titles import method, title
 
 NLL = Column("held-out NLL", "held_out_nll", 3, 1)
@@ -36,8 +34,7 @@ def item_scores(record: Record) -> pandas.DataFrame:
     An answer that was generated has neither a likelihood nor a number of tokens (then 1).
     """
     rows = []
-    for line in (record.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-        item = json.loads(line)
+    for item in predictions(record):
         row = {"item": item["id"], "tokens": 1, "accuracy": float(item["correct"]), "nll": None}
         if "logprobs" in item:
             answer = item["answer"]

@@ -1,7 +1,5 @@
 """Table 4: what a photo shows, named by LLaVA; ranks, and the MLP's width with its cost."""
 
-import json
-
 import pandas
 
 from oplora.harness.runs import Record
@@ -11,7 +9,7 @@ from oplora.report.experiment import Experiment
 from oplora.report.figures import Curves
 from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, Row, Table
-from oplora.report.tables import Groups, Items, grouped_rows, signed
+from oplora.report.tables import Groups, Items, grouped_rows, predictions, signed
 from oplora.report.titles import method, method_of
 
 COLUMNS = (
@@ -36,8 +34,7 @@ def untrained(final: Groups, base: list[Record]) -> list[Row]:
 
 def image_scores(record: Record) -> pandas.DataFrame:
     """correct (0 or 1) and nll of every test image by its id."""
-    lines = (record.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = pandas.DataFrame(map(json.loads, lines)).set_index("id")
+    rows = pandas.DataFrame(predictions(record)).set_index("id")
     correct = (rows["found"] == rows["label"]).astype(float)
     return pandas.DataFrame({"correct": correct, "nll": rows["nll"]})
 
@@ -47,8 +44,7 @@ def differences(images: pandas.DataFrame) -> dict[str, str]:
 
 
 def ranks_and_widths(c: Comparison, final: Groups) -> list[Part]:
-    scored = [r for r in c.at_chosen_rate(c.every) if c.score(r) is not None]
-    every = [r for r in scored if method(method_of(r)).role != "control"]
+    every = [r for r in c.scored if method(method_of(r)).role != "control"]
     found: list[Part] = []
     if len({r.config["rank"] for r in every}) > 1:
         usual_width = c.records[0].config["mlp_width"]

@@ -1,7 +1,5 @@
 """Table 3, Figures 1d and 6: VL-BART on four tasks at once, and the MLP's width."""
 
-import json
-
 import pandas
 
 from oplora.harness.runs import Record
@@ -12,7 +10,7 @@ from oplora.report.experiment import Experiment
 from oplora.report.figures import Curves, over_widths
 from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, Table
-from oplora.report.tables import Groups, Items, grouped_rows, signed
+from oplora.report.tables import Groups, Items, grouped_rows, predictions, signed
 
 # CIDEr has another unit, which would rule the average of four.
 ACCURACY = Score("points of accuracy", "average_without_captions", cited="average without captions")
@@ -33,8 +31,7 @@ def accuracy_by_epoch(record: Record) -> list[tuple[int, float]]:
 
 def item_scores(record: Record) -> pandas.DataFrame:
     """score of every test item by (task, id); captions have none."""
-    lines = (record.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = pandas.DataFrame(map(json.loads, lines)).dropna(subset="score")
+    rows = pandas.DataFrame(predictions(record)).dropna(subset="score")
     return rows.set_index(["task", "id"])[["score"]].sort_index()
 
 
@@ -46,8 +43,7 @@ def differences(items: pandas.DataFrame) -> dict[str, str]:
 
 def widths(c: Comparison, final: Groups) -> list[Part]:
     """Figure 6 with its table, where there are three widths; adapters without an MLP as lines."""
-    scored = [r for r in c.at_chosen_rate(c.every) if c.score(r) is not None]
-    records = [r for r in scored if r.metrics["mlp_parameters"]]
+    records = [r for r in c.scored if r.metrics["mlp_parameters"]]
     if len({r.config["mlp_width"] for r in records}) < 3:
         return []
     name, plain = f"{c.name}_width", {m: final.get(m, []) for m in ("lora", "dora")}
