@@ -10,6 +10,23 @@ from oplora.report.statistics import mean_interval, shown
 from oplora.report.tables import cost_cells
 from oplora.report.titles import label, method_of, methods, title
 
+CONTROLS = (
+    "Is it only the step size? LoRA (or MF) with OP-LoRA's step sizes, with its first A, and with "
+    "both, each at its own best rate; the gain is OP-LoRA's over the best of them, positive where "
+    "OP-LoRA is ahead. MF: median error over seeds."
+)
+SENSITIVITY = (
+    "Learning-rate sensitivity: neighbouring rates whose validation loss (MF: error) is within 5% "
+    "of the method's own best, and within 5% of the best method's; ≥: the range reaches an edge of "
+    "the grid."
+)
+COSTS = (
+    "Cost at the chosen rate: the shortest of the runs' training times (the runs shared the "
+    "machine, and of some methods there are more: speed is compared in the benchmark), the least "
+    "of their peak memories, parameters trained (with the MLPs') and shipped."
+)
+HALF_RANK = "OP-LoRA at half of LoRA's rank, at the rates chosen for the full one."
+
 
 def standing(c: Comparison) -> list[Row]:
     """The row of a comparison in the table of controls; none where none of them was scored."""
@@ -46,35 +63,12 @@ def section(
     """
     comparisons = one_per_scale(comparisons)
     compared = [m for m in ("lora", "oplora", *control_methods()) if m not in stand_ins]
+    columns = ["scope", "metric", *map(title, compared), "gain", "over"]
     tables = [
-        Table(
-            "controls",
-            "Is it only the step size? LoRA (or MF) with OP-LoRA's step sizes, with its first A, "
-            "and with both, each at its own best rate; the gain is OP-LoRA's over the best of "
-            "them, positive where OP-LoRA is ahead. MF: median error over seeds.",
-            standings,
-            ["scope", "metric", *map(title, compared), "gain", "over"],
-        ),
-        Table(
-            "sensitivity_all",
-            "Learning-rate sensitivity: neighbouring rates whose validation loss (MF: error) is "
-            "within 5% of the method's own best, and within 5% of the best method's; ≥: the range "
-            "reaches an edge of the grid.",
-            sensitivities,
-        ),
-        Table(
-            "costs",
-            "Cost at the chosen rate: the shortest of the runs' training times (the runs shared "
-            "the machine, and of some methods there are more: speed is compared in the benchmark), "
-            "the least of their peak memories, parameters trained (with the MLPs') and shipped.",
-            costs(comparisons),
-        ),
-        Table(
-            "half_rank",
-            "OP-LoRA at half of LoRA's rank, at the rates chosen for the full one.",
-            half_rank(comparisons),
-            text=True,
-        ),
+        Table("controls", CONTROLS, standings, columns),
+        Table("sensitivity_all", SENSITIVITY, sensitivities),
+        Table("costs", COSTS, costs(comparisons)),
+        Table("half_rank", HALF_RANK, half_rank(comparisons), text=True),
     ]
     return Section("Across the experiments", [table for table in tables if table.rows])
 

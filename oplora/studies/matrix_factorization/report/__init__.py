@@ -98,20 +98,22 @@ class Results:
             parts.append(Table(f"mf_final_{optimizer}", caption, final_errors(methods)))
         return Section("Matrix factorization (Figures 2-4)", parts)
 
+    @property
+    def scopes(self) -> dict[str, dict[str, Study]]:
+        found = self.studies.items()
+        return {f"matrix factorization, {OPTIMIZERS[name]}": methods for name, methods in found}
+
     def standings(self) -> list[Row]:
-        return [
-            standing(f"matrix factorization, {OPTIMIZERS[optimizer]}", methods)
-            for optimizer, methods in self.studies.items()
-        ]
+        return [standing(scope, methods) for scope, methods in self.scopes.items()]
 
     def sensitivity(self) -> list[Row]:
         found = []
-        for optimizer, methods in self.studies.items():
+        for scope, methods in self.scopes.items():
             sweeps = [
                 (title(name), dict(zip(study.rates, study.median, strict=True)), [study.record])
                 for name, study in methods.items()
             ]
-            found += sensitivity(f"matrix factorization, {OPTIMIZERS[optimizer]}", sweeps)
+            found += sensitivity(scope, sweeps)
         return found
 
 
