@@ -34,7 +34,7 @@ def standing(c: Comparison) -> list[Row]:
     means = {m: mean_interval(list(c.scores(m).values()))[0] for m in names if m != "oplora"}
     best = (max if c.score.higher else min)(means, key=means.get, default=None)
     gains = c.advantage("oplora", best) if best else []
-    cells = {"scope": str(c.scope), "metric": c.score.title}
+    cells = {"scope": str(c.scope), "metric": c.score.unit}
     cells |= {title(m): shown(list(c.scores(m).values()), c.score.digits) for m in names}
     cells |= {"gain": shown(gains, c.score.digits), "over": title(best)} if gains else {}
     return [Row(cells, [r for m in names for r in c.at_best[m]])] if names else []

@@ -88,7 +88,7 @@ class Thesis:
                 self.rule(c, *self.methods),
                 text=self.text,
                 section=self.section,
-                scope=replace(c.scope, unit=c.score.title if self.every_score else ""),
+                scope=replace(c.scope, unit=c.score.unit if self.every_score else ""),
                 constructed=self.constructed,
                 order=self.order,
                 runs=c.runs_of(*self.methods),

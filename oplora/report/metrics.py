@@ -33,3 +33,7 @@ class Score(Column):
 
     higher: bool = True  # is a higher score better?
     cited: str | None = None  # the column of the paper's table; may name the {rank}
+
+    @property
+    def unit(self) -> str:
+        return self.title

@@ -150,7 +150,7 @@ def best_seed(c: Comparison, method: str, base: str) -> Finding:
     if min(map(len, scores)) < 2:
         return missing(c, base, method)
     mine, theirs = map(max if c.score.higher else min, scores)
-    evidence = f"best seed: {title(method)} {mine:.2f}, {title(base)} {theirs:.2f} {c.score.title}"
+    evidence = f"best seed: {title(method)} {mine:.2f}, {title(base)} {theirs:.2f} {c.score.unit}"
     return Finding(HOLDS if c.sign * (mine - theirs) > 0 else FAILS, evidence)
 
 
@@ -267,8 +267,8 @@ def interval(gains: list[float], c: Comparison) -> str:
     mean, half = mean_interval(gains)
     digits = c.score.digits
     if half is None:
-        return f"{mean:+.{digits}f} {c.score.title} (one seed)"
-    return f"{mean:+.{digits}f} ± {half:.{digits}f} {c.score.title} ({len(gains)} seeds)"
+        return f"{mean:+.{digits}f} {c.score.unit} (one seed)"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f} {c.score.unit} ({len(gains)} seeds)"
 
 
 def _metric(c: Comparison, method: str, key: str) -> float | None:

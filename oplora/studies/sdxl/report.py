@@ -98,7 +98,7 @@ def dataset_parts(scope: str, measured: list[Record], c: Comparison | None) -> l
         parts.append(Table(f"{name}_gate", caption, gate(base[0], groups)))
     if groups:
         losses = Curves("Held-out denoising loss during training", ylabel=LOSS)
-        distances = Curves("Distance to the style during training", distance_by_step, c.score.title)
+        distances = Curves("Distance to the style during training", distance_by_step, c.score.unit)
         parts += [
             grid(f"{name}_grid", scope, base, groups),
             over_training(f"{name}_curves", groups, losses, scope),
@@ -106,7 +106,7 @@ def dataset_parts(scope: str, measured: list[Record], c: Comparison | None) -> l
         ]
     if c and len({r.config["rank"] for r in trained(c.every)}) > 1:
         runs = [r for r in c.at_chosen_rate(c.every) if method_of(r) in ("lora", "oplora")]
-        columns = ("method", "rank", c.score.title, HELD_OUT.title, "shipped parameters")
+        columns = ("method", "rank", c.score.unit, HELD_OUT.title, "shipped parameters")
         rows = grouped_rows(runs, "rank", (c.score, HELD_OUT))
         caption = f"{scope}: OP-LoRA at half of LoRA's rank."
         parts.append(Table(f"{name}_ranks", caption, rows, columns))
