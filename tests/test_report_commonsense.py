@@ -96,7 +96,7 @@ def test_statistics_by_hand():
     assert mean_interval([2.0]) == (2.0, None)
     mean, half = mean_interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5)
-    assert shown([], 1) is None and shown([0.5], 1, 100) == "50.0 (1)"
+    assert shown([], 1) is None and shown([50.0], 1) == "50.0 (1)"
     mean, low, high = paired_bootstrap([1.0, 3.0], [3.0, 1.0])
     assert mean == 1.5 and low == 1.0 and high == 3.0
     mean, half = mean_interval(range(12))

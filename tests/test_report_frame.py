@@ -96,12 +96,12 @@ def test_every_methods_file_says_all_of_itself(path):
 NEW_ROOM = """
 from oplora.report.claims import better
 from oplora.report.comparison import final_loss
-from oplora.report.experiment import Experiment, Score
-from oplora.report.tables import Column
+from oplora.report.experiment import Experiment
+from oplora.report.metrics import Column, Score
 
 EXPERIMENT = Experiment(
     name="tiny", order=9, title="A tiny experiment", paper="table4.yaml", loss=final_loss,
-    scores=(Score("accuracy", "points"),), columns=lambda final: [Column("top-1", "accuracy")],
+    scores=(Score("points", "accuracy"),), columns=lambda final: [Column("top-1", "accuracy")],
     theses=(better("OP-LoRA is better than LoRA", "9", "oplora", "lora"),),
 )
 """

@@ -9,6 +9,7 @@ from oplora import report
 from oplora.harness.runs import Record
 from oplora.report import claims, rules
 from oplora.report.comparison import Comparison, good_rates
+from oplora.report.metrics import Score
 from oplora.report.rules import FAILS, HOLDS, IN_A_RANGE, NOT_RUN, UNTESTABLE
 
 SWEEP = {"lora": {1e-3: 3.0, 1e-2: 2.0, 1e-1: 4.0}, "oplora": {1e-3: 3.1, 1e-2: 1.9, 1e-1: 4.1}}
@@ -27,7 +28,7 @@ def run(method, lr, seed=0, loss=2.0, score=None, **options):
     return Record(Path(method), config, {}, metrics | ({} if score is None else {"score": score}))
 
 
-def comparison(scores, sweep=SWEEP, every=(), **options):
+def comparison(scores, sweep=SWEEP, every=(), higher=True, **options):
     """scores: method → one per seed, at the method's best rate of the sweep."""
     runs = [run(m, lr, loss=loss) for m, losses in sweep.items() for lr, loss in losses.items()]
     for method, values in scores.items():
@@ -40,8 +41,7 @@ def comparison(scores, sweep=SWEEP, every=(), **options):
         records=runs,
         every=[*runs, *every],
         loss=lambda r: r.metrics["validation_loss"][-1][1],
-        score=lambda r: r.metrics.get("score"),
-        unit="points",
+        score=Score("points", "score", scale=1, higher=higher),
         **{"cited": CITED} | options,
     )
 
@@ -106,10 +106,11 @@ def test_half_the_rank_is_compared_at_the_chosen_rate():
     half = [run("oplora", 1e-2, seed, score=61.0 + seed, rank=4) for seed in range(2)]
     other = [run("oplora", 1e-1, seed, score=10.0, rank=4) for seed in range(2)]
     c = comparison({"lora": [60.0, 60.0], "oplora": [62.0, 62.0]}, every=half + other)
-    found = rules.half_the_rank(c)
+    found = rules.half_the_rank(c, "oplora", "lora")
     assert found.verdict == HOLDS and "+1.5" in found.evidence
     c = comparison({"lora": [60.0, 60.0], "oplora": [62.0, 62.0]})
-    assert rules.half_the_rank(c).command == "scripts/sweep_rank.sh vl_bart lora=0.01 oplora=0.01"
+    command = rules.half_the_rank(c, "oplora", "lora").command
+    assert command == "scripts/sweep_rank.sh vl_bart lora=0.01 oplora=0.01"
 
 
 def test_good_rates_are_neighbours_of_the_best():
@@ -185,10 +186,10 @@ def test_parameters_and_seconds():
     c = comparison({})
     assert rules.ships_the_same(c, "oplora", "lora").verdict == HOLDS
     assert rules.width_times(c, "oplora").verdict == HOLDS
-    assert rules.quicker(c, "oplora", ("lora_pro",)).verdict == NOT_RUN
+    assert rules.quicker(c, "oplora", "lora_pro").verdict == NOT_RUN
     c.records_of("oplora")[0].metrics["train_seconds"] = 4.0
-    assert rules.quicker(c, "oplora", ("lora",)).verdict == HOLDS
-    assert rules.quicker(c, "lora", ("oplora",)).verdict == FAILS
+    assert rules.quicker(c, "oplora", "lora").verdict == HOLDS
+    assert rules.quicker(c, "lora", "oplora").verdict == FAILS
     for r in c.records_of("oplora"):
         r.metrics.update(adapter_parameters=11, mlp_parameters=999)
     assert rules.ships_the_same(c, "oplora", "lora").verdict == FAILS

@@ -43,18 +43,21 @@ class Report:
 
     @cached_property
     def results(self) -> list:
-        """Of every experiment: its comparisons, section, claims, standings and sweeps."""
+        """Of every experiment: its comparisons, section, claims, standings and sensitivity."""
         return [experiment.read(self.records) for experiment in experiments()]
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return [c for results in self.results for c in results.comparisons]
 
     @cached_property
     def claims(self) -> list[claims.Claim]:
         """All claims of the paper, judged or waiting for runs, as the page shows them."""
-        compared = [c for results in self.results for c in results.comparisons]
         own = [claim for results in self.results for claim in results.claims()]
         return [
-            claims.consistent(compared),
+            claims.consistent(self.comparisons),
             *sorted(own, key=lambda claim: claim.order),
-            *claims.general(compared, experiments()[-1].name),
+            *claims.general(self.comparisons, experiments()[-1].name),
         ]
 
     @cached_property
@@ -68,9 +71,9 @@ class Report:
         return [
             claims.page(self.claims),
             across.section(
-                [c for results in self.results for c in results.comparisons],
+                self.comparisons,
                 [row for results in self.results for row in results.standings()],
-                [sweep for results in self.results for sweep in results.sweeps()],
+                [row for results in self.results for row in results.sensitivity()],
                 [method for experiment in experiments() for method in experiment.stand_ins],
             ),
             *own,

@@ -82,17 +82,12 @@ def aim_table(cases: list[dict], steps: dict | None = None) -> list[Row]:
     for form in ("fused", "foreach") if steps else ():
         aim = f"the MLPs' own part of a step at most 1/4 of {IN_GRAPH[f'oplora_in_graph_{form}']}"
         found.append((8, aim, 1 / steps["ratio_to_op_adamw"][f"in_graph_adamw_{form}"], 0.25))
-    return [
-        Row(
-            {
-                "rank": rank,
-                "aim": aim,
-                "measured": f"{value:.3f}",
-                "verdict": "reached" if value <= bound else "missed",
-            }
-        )
-        for rank, aim, value, bound in found
-    ]
+    rows = []
+    for rank, aim, value, bound in found:
+        verdict = "reached" if value <= bound else "missed"
+        cells = {"rank": rank, "aim": aim, "measured": f"{value:.3f}", "verdict": verdict}
+        rows.append(Row(cells))
+    return rows
 
 
 def _aims(case: dict) -> list[tuple[int, str, float, float]]:

@@ -5,8 +5,7 @@ Judged at one scope it becomes a claim. The evidence is computed from the runs; 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas
@@ -40,25 +39,20 @@ RULES = (
 )
 
 
-@dataclass(frozen=True)
-class Claim:
+@dataclass(frozen=True, kw_only=True)
+class Claim(Finding):
     """A sentence judged at one scope: a row of the claims page."""
 
     text: str
     section: str  # of the paper, or who says so
     scope: Scope
-    verdict: str
-    evidence: str = "—"
-    figure: str | None = None
-    command: str | None = None  # that makes the missing runs
-    where: str | None = None  # the learning rates at which it holds, where that is told
     constructed: bool = False  # holds by construction: not counted
     order: int = 0  # on the page; of the same order: by experiment
     runs: Sequence[Record] = ()
 
     @classmethod
-    def of(cls, text: str, section: str, scope: Scope, finding: Finding, **options) -> "Claim":
-        return cls(text, section, scope, **vars(finding), **options)
+    def of(cls, finding: Finding, **fields: Any) -> "Claim":
+        return cls(**vars(finding) | fields)
 
     def row(self) -> Row:
         where = f"; where: {self.where}" if self.where else ""
@@ -80,8 +74,8 @@ class Thesis:
 
     text: str
     section: str
-    rule: Callable[[Comparison], Finding]
-    methods: tuple[str, ...]  # whose runs it needs
+    rule: Callable[..., Finding]  # of a comparison and the methods
+    methods: tuple[str, ...]  # whose runs it needs, the one that it praises first
     every_score: bool = False  # judged for every score of the same runs, else for the first
     needs_own_sweep: bool = False  # judged only where the rates were swept on the same data
     constructed: bool = False
@@ -91,10 +85,10 @@ class Thesis:
         found = comparisons if self.every_score else one_per_scale(comparisons)
         return [
             Claim.of(
-                self.text,
-                self.section,
-                c.scope.of(unit=c.unit if self.every_score else ""),
-                self.rule(c),
+                self.rule(c, *self.methods),
+                text=self.text,
+                section=self.section,
+                scope=replace(c.scope, unit=c.score.unit if self.every_score else ""),
                 constructed=self.constructed,
                 order=self.order,
                 runs=c.runs_of(*self.methods),
@@ -104,42 +98,35 @@ class Thesis:
         ]
 
     def waiting(self, scope: Scope, experiment: str, preset: str) -> Claim:
-        command = rates_command(experiment, preset, self.methods)
-        return Claim(self.text, self.section, scope, NOT_RUN, command=command, order=self.order)
-
-
-def compared(
-    text: str, section: str, rule: Callable, method: str, base: str, **options: Any
-) -> Thesis:
-    """A thesis about a method and another one; rule(comparison, method, base)."""
-    judge = partial(rule, method=method, base=base)
-    return Thesis(text, section, judge, (base, method), **options)
+        missing = Finding(NOT_RUN, command=rates_command(experiment, preset, self.methods[::-1]))
+        return Claim.of(
+            missing, text=self.text, section=self.section, scope=scope, order=self.order
+        )
 
 
 def better(text: str, section: str, method: str, base: str) -> Thesis:
     """Judged for every score."""
-    return compared(text, section, rules.better, method, base, every_score=True)
+    return Thesis(text, section, rules.better, (method, base), every_score=True)
 
 
 GENERAL = (  # judged wherever there are runs
-    compared("OP-LoRA converges faster than LoRA", "1, Figure 1d", rules.sooner, "oplora", "lora"),
-    compared("OP-LoRA is less sensitive to the learning rate", "v2", rules.less_sensitive,
-             "oplora", "lora", needs_own_sweep=True),
-    compared("OP-DoRA is less sensitive to the learning rate", "v2", rules.less_sensitive,
-             "opdora", "dora", needs_own_sweep=True),
+    Thesis("OP-LoRA converges faster than LoRA", "1, Figure 1d", rules.sooner, ("oplora", "lora")),
+    Thesis("OP-LoRA is less sensitive to the learning rate", "v2", rules.less_sensitive,
+           ("oplora", "lora"), needs_own_sweep=True),
+    Thesis("OP-DoRA is less sensitive to the learning rate", "v2", rules.less_sensitive,
+           ("opdora", "dora"), needs_own_sweep=True),
     Thesis("OP-LoRA at half of LoRA's rank is as good", "v2", rules.half_the_rank,
-           ("lora", "oplora")),
-    compared("No cost at inference: the MLP is discarded", "1, v2", rules.ships_the_same,
-             "oplora", "lora", constructed=True),
+           ("oplora", "lora")),
+    Thesis("No cost at inference: the MLP is discarded", "1, v2", rules.ships_the_same,
+           ("oplora", "lora"), constructed=True),
     Thesis("The MLP has about as many times the adapter's parameters as its width", "4",
-           partial(rules.width_times, method="oplora"), ("oplora",), constructed=True),
-    Thesis("Less wall time than custom optimizers", "v2",
-           partial(rules.quicker, method="oplora", others=("lora_pro", "lora_rite")),
+           rules.width_times, ("oplora",), constructed=True),
+    Thesis("Less wall time than custom optimizers", "v2", rules.quicker,
            ("oplora", "lora_pro", "lora_rite")),
     better("Control: OP-LoRA is better than LoRA with its step sizes and first A",
            "not the paper's", "oplora", "lora_matched_mlp_start"),
-    compared("LoRA+ is better than LoRA", "LoRA+", rules.better, "loraplus", "lora"),
-    compared("LoRA+ converges faster than LoRA", "LoRA+", rules.sooner, "loraplus", "lora"),
+    Thesis("LoRA+ is better than LoRA", "LoRA+", rules.better, ("loraplus", "lora")),
+    Thesis("LoRA+ converges faster than LoRA", "LoRA+", rules.sooner, ("loraplus", "lora")),
 )  # fmt: skip
 WITHOUT_EXPERIMENT = ("OP-LoRA is better on GLUE", "DreamBench: DINO 0.69")  # of v2
 
@@ -167,7 +154,9 @@ def general(comparisons: Sequence[Comparison], experiment: str) -> list[Claim]:
         or [thesis.waiting(Scope("any"), experiment, "small")]
     ]
     nowhere = Finding(NOT_RUN, "no experiment of it here")
-    return found + [Claim.of(text, "v2", Scope("—"), nowhere) for text in WITHOUT_EXPERIMENT]
+    return found + [
+        Claim.of(nowhere, text=text, section="v2", scope=Scope("—")) for text in WITHOUT_EXPERIMENT
+    ]
 
 
 def consistent(comparisons: Sequence[Comparison]) -> Claim:
@@ -189,9 +178,9 @@ def consistent(comparisons: Sequence[Comparison]) -> Claim:
         counts = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICTS if v in verdicts)
         verdict = next(v for v in (FAILS, UNTESTABLE, IN_A_RANGE, HOLDS) if v in verdicts)
         finding = Finding(verdict, f"OP-LoRA over LoRA and OP-DoRA over DoRA: {counts}")
-    text = "OP's gains are consistent across domains"
     runs = [r for c, method, _ in judged for r in c.runs_of(method, PAIRS[method])]
-    return Claim.of(text, "abstract, 1", Scope("all"), finding, runs=runs)
+    text = "OP's gains are consistent across domains"
+    return Claim.of(finding, text=text, section="abstract, 1", scope=Scope("all"), runs=runs)
 
 
 def page(claims: Sequence[Claim]) -> Section:
@@ -204,14 +193,16 @@ def page(claims: Sequence[Claim]) -> Section:
             "Claims of sections 1, 4 and 5, of v2's abstract and of LoRA+'s as far as compared."
         )
         columns = ("claim", "scope", "verdict", "evidence here", "source", "figure")
-        rows = [claim.row() for claim in judged]
-        parts += [Table("claims", caption, rows, columns, text=True), RULES]
+        parts += [_table("claims", caption, judged, columns), RULES]
     if waiting:
         caption = "Claims that wait for runs, with the command that makes them."
         columns = ("claim", "scope", "evidence here", "source", "to be run")
-        rows = [claim.row() for claim in waiting]
-        parts.append(Table("claims_open", caption, rows, columns, text=True))
+        parts.append(_table("claims_open", caption, waiting, columns))
     return Section("What holds of the paper", parts)
+
+
+def _table(name: str, caption: str, claims: list[Claim], columns: tuple[str, ...]) -> Table:
+    return Table(name, caption, [claim.row() for claim in claims], columns, text=True)
 
 
 def counts(judged: Iterable[Claim]) -> str:
@@ -225,14 +216,8 @@ def counts(judged: Iterable[Claim]) -> str:
 
 def short(claims: Iterable[Claim]) -> pandas.DataFrame:
     """For the README: claims by verdicts, with the scopes in the cells."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for claim in claims:
-        if claim.verdict != NOT_RUN:
-            scopes = found.setdefault(claim.text, {}).setdefault(claim.verdict, [])
-            scopes.append(claim.scope.short)
-    rows = [
-        {"claim": text} | {v: ", ".join(dict.fromkeys(names)) for v, names in by_verdict.items()}
-        for text, by_verdict in found.items()
-    ]
-    verdicts = [v for v in VERDICTS if any(v in by_verdict for by_verdict in found.values())]
-    return pandas.DataFrame(rows, columns=["claim", *verdicts])
+    judged = [(c.text, c.verdict, c.scope.short) for c in claims if c.verdict != NOT_RUN]
+    found = pandas.DataFrame(judged, columns=["claim", "verdict", "scope"]).drop_duplicates()
+    scopes = found.pivot_table("scope", "claim", "verdict", aggfunc=", ".join, sort=False)
+    verdicts = [verdict for verdict in VERDICTS if verdict in scopes]
+    return scopes[verdicts].rename_axis(columns=None).reset_index()

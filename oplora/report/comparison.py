@@ -3,13 +3,15 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 
 from oplora.harness.runs import Record
 from oplora.report import titles
+from oplora.report.metrics import Score
 from oplora.report.statistics import mean_interval
-from oplora.report.titles import Scope, by_method, in_order, method_of
+from oplora.report.titles import Scope, by_method, by_number, in_order, method_of
 
 TOLERANCE = 1.05  # a rate is good if its validation loss is within 5% of the best
 Sweep = dict[str, dict[float, list[float]]]  # method → learning rate → one value per seed
@@ -27,10 +29,7 @@ class Comparison:
     name: str  # of its tables and figures
     records: list[Record]
     loss: Callable[[Record], float | None]
-    score: Callable[[Record], float | None]
-    unit: str  # of the score
-    digits: int = 1
-    higher: bool = True  # is a higher score better?
+    score: Score
     cited: Mapping[str, float] = field(default_factory=dict)  # method → the paper's score
     every: Sequence[Record] = ()  # with the runs of other ranks and widths, if there are any
     swept: list[Record] | None = None  # what chooses the rates, if not `records`
@@ -42,7 +41,7 @@ class Comparison:
 
     @property
     def scope(self) -> Scope:
-        return titles.preset(self.experiment, self.preset).of(variant=self.variant)
+        return replace(titles.preset(self.experiment, self.preset), variant=self.variant)
 
     @cached_property
     def sweep(self) -> Sweep:
@@ -78,9 +77,17 @@ class Comparison:
         found = trained(records)
         return [r for r in found if r.config["lr"] == self.chosen.get(method_of(r), r.config["lr"])]
 
+    @cached_property
+    def scored(self) -> list[Record]:
+        """Runs with a score of every rank and width, at the rates chosen for the usual ones."""
+        runs = self.at_chosen_rate(self.every or self.records)
+        return [r for r in runs if self.score(r) is not None]
+
     def scores(self, method: str) -> dict[int, float]:
         """Seed → score of a method at its chosen rate."""
-        runs = self.at_best.get(method, [])
+        return self._by_seed(self.at_best.get(method, []))
+
+    def _by_seed(self, runs: Iterable[Record]) -> dict[int, float]:
         return {r.config["seed"]: s for r in runs if (s := self.score(r)) is not None}
 
     def records_of(self, method: str) -> list[Record]:
@@ -100,31 +107,31 @@ class Comparison:
     def rank(self) -> int:
         return (self.records or self.sweep_runs)[0].config["rank"]
 
-    def scores_at(self, method: str, **options) -> dict[int, float]:
-        """Seed → score at the chosen rate, with another rank or mlp_width."""
-        wanted = {"lr": self.chosen.get(method), **options}
-        return {
-            r.config["seed"]: s
-            for r in trained(self.every or self.records)
-            if method_of(r) == method
-            and all(r.config[key] == value for key, value in wanted.items() if value is not None)
-            and (s := self.score(r)) is not None
-        }
+    def of_rank(self, method: str, rank: float) -> list[Record]:
+        """Those of `scored` of a method at this rank."""
+        return [r for r in self.scored if method_of(r) == method and r.config["rank"] == rank]
+
+    def scores_at(self, method: str, rank: float) -> dict[int, float]:
+        """Seed → score at the chosen rate, with another rank."""
+        return self._by_seed(self.of_rank(method, rank))
 
     def by_width(self, method: str) -> dict[int, dict[int, float]]:
         """Width of the MLP → seed → score, at the rate chosen for the usual width."""
-        runs = [r for r in self.every or self.records if method_of(r) == method]
-        scores = {
-            width: self.scores_at(method, rank=self.rank, mlp_width=width)
-            for width in sorted({r.config["mlp_width"] for r in runs})
-        }
-        return {width: by_seed for width, by_seed in scores.items() if by_seed}
+        widths = by_number(self.of_rank(method, self.rank), "mlp_width")
+        return {width: self._by_seed(runs) for width, runs in widths.items()}
 
     def advantage(self, method: str, base: str) -> list[float]:
         """By how much a method is better than another, for every seed that both have."""
-        mine, theirs = self.scores(method), self.scores(base)
-        sign = 1 if self.higher else -1
-        return [sign * (mine[seed] - theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+        return self.gains(self.scores(method), self.scores(base))
+
+    def gains(self, mine: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+        """By how much scores are better than others, for every seed that both have."""
+        shared = sorted(mine.keys() & theirs.keys())
+        return [self.sign * (mine[seed] - theirs[seed]) for seed in shared]
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.score.higher else -1
 
     def losses(self, method: str) -> dict[float, float]:
         """Learning rate → mean validation loss; infinite where a run diverged."""
@@ -205,38 +212,37 @@ def good_rates(losses: dict[float, float], best: float | None = None) -> GoodRat
     """Rates within TOLERANCE of `best` (default: the lowest of these losses)."""
     grid = sorted(losses)
     best = min(losses.values()) if best is None else best
-    good = [losses[rate] <= TOLERANCE * best for rate in grid]
-    start = stop = grid.index(min(grid, key=losses.get))
-    if not good[start]:
-        return GoodRates([], grid)
-    while start > 0 and good[start - 1]:
-        start -= 1
-    while stop + 1 < len(grid) and good[stop + 1]:
-        stop += 1
-    return GoodRates(grid[start : stop + 1], grid)
+
+    def good(rate: float) -> bool:
+        return losses[rate] <= TOLERANCE * best
+
+    middle = grid.index(min(grid, key=losses.get))
+    lower, higher = takewhile(good, grid[:middle][::-1]), takewhile(good, grid[middle:])
+    return GoodRates(sorted([*lower, *higher]), grid)
 
 
-def main_rank(records: list[Record]) -> int | None:
-    """The rank at which most methods were run."""
-    methods: dict[int, set[str]] = {}
-    for r in records:
-        methods.setdefault(r.config["rank"], set()).add(method_of(r))
-    return max(methods, key=lambda rank: len(methods[rank]), default=None)
-
-
-def usual(record: Record, records: list[Record]) -> bool:
-    """Is a run of the rank at which most of these were run, and of its method's usual width?
+def usual(records: Sequence[Record]) -> list[Record]:
+    """Those of the rank at which most methods were run, and of their method's usual width.
 
     The usual width is the config's for the method (`widths`), else the one that most runs have.
     """
-    if record.config["rank"] != main_rank(records):
-        return False
-    widths = record.config.get("widths")
-    name = method_of(record)
-    if widths is not None:
-        return record.config["mlp_width"] == widths.get(name, widths["default"])
-    every = [r.config["mlp_width"] for r in records if method_of(r) == name]
-    return record.config["mlp_width"] == Counter(every).most_common(1)[0][0]
+    ranks = dict.fromkeys((method_of(r), r.config["rank"]) for r in records)
+    rank = _most_common(rank for _, rank in ranks)
+    widths = {
+        name: _most_common(r.config["mlp_width"] for r in runs)
+        for name, runs in by_method(records).items()
+    }
+
+    def usual_width(r: Record) -> int:
+        given, name = r.config.get("widths"), method_of(r)
+        return widths[name] if given is None else given.get(name, given["default"])
+
+    right_rank = [r for r in records if r.config["rank"] == rank]
+    return [r for r in right_rank if r.config["mlp_width"] == usual_width(r)]
+
+
+def _most_common(values: Iterable[int]) -> int | None:
+    return next((value for value, _ in Counter(values).most_common(1)), None)
 
 
 def trained(records: Iterable[Record]) -> list[Record]:

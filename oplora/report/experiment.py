@@ -2,7 +2,7 @@
 
 A room of oplora.studies takes part through a module `report` with an object EXPERIMENT: an
 `Experiment`, or anything else with its `name`, `order`, `readme`, `stand_ins` and `read`, which
-gives what `FineTuning` has: comparisons, section, claims, standings and sweeps.
+gives what `FineTuning` has: comparisons, section, claims, standings and sensitivity.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,25 +14,10 @@ from oplora.report import across, tables
 from oplora.report.claims import Claim, Thesis, of_experiment
 from oplora.report.comparison import Comparison, one_per_scale, usual
 from oplora.report.figures import Curves, over_training, rate_parts
+from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, Row, Section
-from oplora.report.tables import Column, Groups, Items
+from oplora.report.tables import Groups, Items
 from oplora.report.titles import by_method
-
-
-@dataclass(frozen=True)
-class Score:
-    """A metric by which methods are compared."""
-
-    metric: str
-    unit: str
-    digits: int = 1
-    scale: float = 100  # fractions are shown in percent
-    higher: bool = True  # is a higher score better?
-    cited: str | None = None  # the column of the paper's table; may name the {rank}
-
-    def __call__(self, record: Record) -> float | None:
-        value = record.metrics.get(self.metric)
-        return None if value is None else self.scale * value
 
 
 @dataclass(frozen=True)
@@ -72,11 +57,12 @@ class Experiment:
     def comparisons(self, records: list[Record]) -> list[Comparison]:
         """For each preset and variant one by every score."""
         found = []
-        scales = sorted({self._scale(r) for r in records if is_tuned(r)})
-        for preset, variant in scales:
-            every = [r for r in records if is_tuned(r) and self._scale(r) == (preset, variant)]
-            several = len([scale for scale in scales if scale[0] == preset]) > 1
-            usual_runs = [r for r in every if usual(r, every)]
+        scales: dict[tuple[str, str], list[Record]] = {}
+        for r in filter(is_tuned, records):
+            scales.setdefault((r.config["preset"], self.variant(r)), []).append(r)
+        for (preset, variant), every in sorted(scales.items()):
+            several = len([name for name, _ in scales if name == preset]) > 1
+            usual_runs = usual(every)
             rank = usual_runs[0].config["rank"]
             for score in self.scores:
                 column = score.cited and score.cited.format(rank=rank)
@@ -88,17 +74,11 @@ class Experiment:
                     every=every,
                     loss=self.loss,
                     score=score,
-                    unit=score.unit,
-                    digits=score.digits,
-                    higher=score.higher,
                     cited=tables.cited_scores(self.paper, column) if column else {},
                     variant=self.variant_title.format(variant) if several else "",
                 )
                 found.append(comparison)
         return found
-
-    def _scale(self, record: Record) -> tuple[str, str]:
-        return record.config["preset"], self.variant(record)
 
     def parts(self, c: Comparison, base: list[Record]) -> list[Part]:
         """The sweep, the results, the differences by item, the curves, and what is its own."""
@@ -152,11 +132,14 @@ class FineTuning:
         return Section(experiment.title, [*experiment.intro, paper, *parts])
 
     def _parts(self) -> list[Part]:
-        found: list[Part] = []
-        for c in one_per_scale(self.comparisons):
-            base = [r for r in self.records if not is_tuned(r) and r.config["preset"] == c.preset]
-            found += self.experiment.parts(c, base)
-        return found
+        base = [r for r in self.records if not is_tuned(r)]
+        return [
+            part
+            for c in one_per_scale(self.comparisons)
+            for part in self.experiment.parts(
+                c, [r for r in base if r.config["preset"] == c.preset]
+            )
+        ]
 
     def claims(self) -> list[Claim]:
         return of_experiment(self.experiment.theses, self.experiment.name, self.comparisons)
@@ -164,5 +147,5 @@ class FineTuning:
     def standings(self) -> list[Row]:
         return [row for c in self.comparisons for row in across.standing(c)]
 
-    def sweeps(self) -> list[across.Losses]:
-        return [losses for c in one_per_scale(self.comparisons) for losses in across.losses(c)]
+    def sensitivity(self) -> list[Row]:
+        return [row for c in one_per_scale(self.comparisons) for row in across.sensitivity_of(c)]

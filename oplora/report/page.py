@@ -78,7 +78,9 @@ def write_report(title: str, sections: list[Section], out: Path) -> Path:
     """Write all forms below `out`; the path of index.html, which needs no other file."""
     for folder in ("figures", "tables"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    markdown, body = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>", _contents(sections)]
+    links = (f'<li><a href="#{_anchor(s)}">{html.escape(s.title)}</a></li>' for s in sections)
+    body = [f"<h1>{html.escape(title)}</h1>", f"<nav><ul>{''.join(links)}</ul></nav>"]
+    markdown = [f"# {title}"]
     for section in sections:
         markdown.append(f"## {section.title}")
         body.append(f'<h2 id="{_anchor(section)}">{html.escape(section.title)}</h2>')
@@ -113,14 +115,6 @@ def _written(part: Part, out: Path) -> tuple[str, str]:
     part.drawing.savefig(png, dpi=110, bbox_inches="tight", metadata={"Software": None})
     text = f"![{part.caption}](figures/{part.name}.png)\n\n{part.caption}"
     return text, _html_figure(part, png)
-
-
-def _contents(sections: list[Section]) -> str:
-    items = "".join(
-        f'<li><a href="#{_anchor(section)}">{html.escape(section.title)}</a></li>'
-        for section in sections
-    )
-    return f"<nav><ul>{items}</ul></nav>"
 
 
 def _anchor(section: Section) -> str:

@@ -2,10 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas
 
@@ -14,6 +13,7 @@ from oplora.report.page import Row, Section, Table
 from oplora.report.titles import method_of
 
 LIBRARIES = ("torch", "transformers", "diffusers", "peft")
+NUMBERS = {"rate": "lr", "seed": "seed", "rank": "rank", "width": "mlp_width"}  # of a config
 
 
 def noted(records: list[Record]) -> list[Record]:
@@ -22,18 +22,14 @@ def noted(records: list[Record]) -> list[Record]:
     Code with uncommitted changes, or versions of LIBRARIES other than most runs have.
     """
     usual = Counter(map(_versions, records)).most_common(1)
-    return [_with_note(r, usual[0][0]) for r in records]
-
-
-def _with_note(record: Record, usual: str) -> Record:
-    notes = []
-    if record.environment.get("dirty"):
-        notes.append("run from code with uncommitted changes")
-    if _versions(record) != usual:
-        notes.append(f"other library versions: {_versions(record)}")
-    if not notes:
-        return record
-    return replace(record, environment={**record.environment, "note": "; ".join(notes)})
+    found = []
+    for r in records:
+        notes = ["run from code with uncommitted changes"] if r.environment.get("dirty") else []
+        if (versions := _versions(r)) != usual[0][0]:
+            notes.append(f"other library versions: {versions}")
+        note = {"note": "; ".join(notes)} if notes else {}
+        found.append(replace(r, environment={**r.environment, **note}))
+    return found
 
 
 def _versions(record: Record) -> str:
@@ -83,20 +79,13 @@ def runs_table(root: Path, records: Iterable[Record]) -> pandas.DataFrame:
     """
     rows = []
     for r in records:
-        named = {"experiment": r.config["experiment"], "preset": r.config["preset"]}
-        named |= {"method": method_of(r), "rate": r.config.get("lr")}
-        named |= {key: r.config.get(key) for key in ("seed", "rank")}
-        named["width"] = r.config.get("mlp_width")
-        rows.append({"run": run_id(root, r)} | named | dict(sorted(_scalars(r.metrics))))
+        named = {"run": run_id(root, r), "experiment": r.config["experiment"]}
+        named |= {"preset": r.config["preset"], "method": method_of(r)}
+        named |= {name: r.config.get(key) for name, key in NUMBERS.items()}
+        (metrics,) = pandas.json_normalize(r.metrics).to_dict("records")
+        kept = {k: v for k, v in metrics.items() if v is not None and not isinstance(v, list)}
+        rows.append(named | dict(sorted(kept.items())))
     return pandas.DataFrame(rows, dtype=object)
-
-
-def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in metrics.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{key}.")
-        elif value is not None and not isinstance(value, list):
-            yield prefix + key, value
 
 
 def write_runs(

@@ -4,6 +4,7 @@ Differences are taken seed by seed; their mean has a 95% t-interval. A method th
 stands at its own best learning rate.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oplora.report.comparison import Comparison, good_rates, rates_command
@@ -28,8 +29,12 @@ class Finding:
     where: str | None = None  # the learning rates at which it holds, where that is told
 
 
-def missing(c: Comparison, *methods: str, evidence: str = "—") -> Finding:
-    return Finding(NOT_RUN, evidence, command=c.command(*methods))
+def missing(c: Comparison, *methods: str) -> Finding:
+    return Finding(NOT_RUN, command=c.command(*methods))
+
+
+def too_few(gains: Sequence[float], command: str) -> Finding:
+    return Finding(NOT_RUN, f"{len(gains)} shared seeds" if gains else "—", command=command)
 
 
 def better(c: Comparison, method: str, base: str) -> Finding:
@@ -42,17 +47,17 @@ def better(c: Comparison, method: str, base: str) -> Finding:
     """
     gains = c.advantage(method, base)
     if len(gains) < 2:
-        evidence = f"{len(gains)} shared seeds" if gains else "—"
-        return missing(c, base, method, evidence=evidence)
+        return too_few(gains, c.command(base, method))
     mean, half = mean_interval(gains)
-    evidence = f"{difference(c, method, base)} at each one's best rate"
+    evidence = f"{_gain(method, base)}: {interval(gains, c)} at each one's best rate"
     expected = cited_gain(c, method, base)
     if expected is not None:
-        evidence += f" (the paper's: {expected:+.{c.digits}f})"
+        evidence += f" (the paper's: {expected:+.{c.score.digits}f})"
     figure = c.rates_figure
     if c.unfit:
         return Finding(UNTESTABLE, f"{evidence}; {c.unfit}", figure)
-    if mean - half > 0:
+    low, high = mean - half, mean + half
+    if low > 0:
         return Finding(HOLDS, evidence, figure)
     window = lower_at(c, method, base)
     if len(window) > 1:
@@ -60,11 +65,8 @@ def better(c: Comparison, method: str, base: str) -> Finding:
             f"; lower validation loss (seeds of the sweep: {c.sweep_seeds(method, base)}) at the "
             f"same rate from {window[0]:g} to {window[-1]:g}"
         )
-    if mean + half < 0:
-        return Finding(FAILS, evidence, figure)
-    if len(window) > 1:
-        return Finding(IN_A_RANGE, evidence, figure)
-    if expected is not None and mean - half <= 0 < expected <= mean + half:
+        return Finding(FAILS if high < 0 else IN_A_RANGE, evidence, figure)
+    if expected is not None and low <= 0 < expected <= high:
         return Finding(UNTESTABLE, evidence + "; the interval holds both", figure)
     return Finding(FAILS, evidence, figure)
 
@@ -76,27 +78,20 @@ def not_worse(c: Comparison, method: str, base: str) -> Finding:
     the seeds cannot tell, or the comparison is unfit: not testable.
     """
     gains = c.advantage(method, base)
-    text = difference(c, method, base) if gains else "—"
-    return _not_worse(c, gains, text, c.command(base, method))
+    return _not_worse(c, gains, _gain(method, base), c.command(base, method))
 
 
-def half_the_rank(c: Comparison) -> Finding:
-    """Is OP-LoRA at half of LoRA's rank at least as good as LoRA (same rule as `not_worse`)?"""
-    lora, half = c.scores("lora"), c.scores_at("oplora", rank=c.rank / 2)
-    sign = 1 if c.higher else -1
-    gains = [sign * (half[s] - lora[s]) for s in sorted(lora.keys() & half.keys())]
-    if not gains:
-        if not {"lora", "oplora"} <= set(c.chosen):
-            return missing(c, "lora", "oplora")
-        return Finding(NOT_RUN, command=c.command("lora", "oplora", sweep="rank"))
-    text = f"gain of OP-LoRA at rank {c.rank // 2} over LoRA at rank {c.rank}: {interval(gains, c)}"
-    return _not_worse(c, gains, text, c.command("lora", "oplora", sweep="rank"))
+def half_the_rank(c: Comparison, method: str, base: str) -> Finding:
+    """Is a method at half of the other's rank at least as good (same rule as `not_worse`)?"""
+    gains = c.gains(c.scores_at(method, rank=c.rank / 2), c.scores(base))
+    what = f"gain of {title(method)} at rank {c.rank // 2} over {title(base)} at rank {c.rank}"
+    return _not_worse(c, gains, what, c.command(base, method, sweep="rank"))
 
 
-def _not_worse(c: Comparison, gains: list[float], text: str, command: str) -> Finding:
+def _not_worse(c: Comparison, gains: list[float], what: str, command: str) -> Finding:
     if len(gains) < 2:
-        evidence = f"{len(gains)} shared seeds" if gains else "—"
-        return Finding(NOT_RUN, evidence, command=command)
+        return too_few(gains, command)
+    text = f"{what}: {interval(gains, c)}"
     mean, half = mean_interval(gains)
     if c.unfit:
         return Finding(UNTESTABLE, f"{text}; {c.unfit}")
@@ -151,14 +146,12 @@ def sooner(c: Comparison, method: str, base: str) -> Finding:
 
 def best_seed(c: Comparison, method: str, base: str) -> Finding:
     """Is the best seed better than the other's best (at least two seeds each)?"""
-    mine, theirs = c.scores(method), c.scores(base)
-    if len(mine) < 2 or len(theirs) < 2:
+    scores = [c.scores(m).values() for m in (method, base)]
+    if min(map(len, scores)) < 2:
         return missing(c, base, method)
-    choose = max if c.higher else min
-    tops = choose(mine.values()), choose(theirs.values())
-    ahead = tops[0] > tops[1] if c.higher else tops[0] < tops[1]
-    evidence = f"best seed: {title(method)} {tops[0]:.2f}, {title(base)} {tops[1]:.2f} {c.unit}"
-    return Finding(HOLDS if ahead else FAILS, evidence)
+    mine, theirs = map(max if c.score.higher else min, scores)
+    evidence = f"best seed: {title(method)} {mine:.2f}, {title(base)} {theirs:.2f} {c.score.unit}"
+    return Finding(HOLDS if c.sign * (mine - theirs) > 0 else FAILS, evidence)
 
 
 def inverted_u(c: Comparison, method: str) -> Finding:
@@ -167,21 +160,15 @@ def inverted_u(c: Comparison, method: str) -> Finding:
     Holds: the best width lies inside, and its intervals over both ends above zero. Not testable:
     inside, but not clearly. Does not hold: the best width is an end. Needs three widths.
     """
-    by_width = c.by_width(method)
-    widths = sorted(by_width)
-    if len(widths) < 3:
+    by_width, (means, evidence) = c.by_width(method), _by_width(c, method)
+    if len(means) < 3:
         return _no_widths(c, method)
-    sign = 1 if c.higher else -1
-    best = max(widths, key=lambda w: sign * mean_interval(list(by_width[w].values()))[0])
-    evidence = "; ".join(
-        f"width {w}: {mean_interval(list(by_width[w].values()))[0]:.2f}" for w in widths
-    )
+    best, ends = max(means, key=lambda width: c.sign * means[width]), (min(means), max(means))
     figure = f"{c.name}_width"
-    if best in (widths[0], widths[-1]):
+    if best in ends:
         return Finding(FAILS, f"{evidence}; the best is an end", figure)
-    for end in (widths[0], widths[-1]):
-        shared = by_width[best].keys() & by_width[end].keys()
-        gains = [sign * (by_width[best][s] - by_width[end][s]) for s in sorted(shared)]
+    for end in ends:
+        gains = c.gains(by_width[best], by_width[end])
         mean, half = mean_interval(gains) if gains else (0.0, None)
         if half is None or mean - half <= 0:
             return Finding(UNTESTABLE, f"{evidence}; width {end} is not clearly worse", figure)
@@ -193,14 +180,19 @@ def flat_beyond_one(c: Comparison, method: str) -> Finding:
 
     Holds: width 1 is the worst, by more than all others differ. Needs three widths and width 1.
     """
-    means = {w: mean_interval(list(s.values()))[0] for w, s in c.by_width(method).items()}
+    means, evidence = _by_width(c, method)
     if len(means) < 3 or 1 not in means:
         return _no_widths(c, method)
-    sign = 1 if c.higher else -1
-    wider = [sign * mean for width, mean in means.items() if width > 1]
-    evidence = "; ".join(f"width {w}: {means[w]:.2f}" for w in sorted(means))
-    holds = min(wider) - sign * means[1] > max(wider) - min(wider)
+    wider = [c.sign * mean for width, mean in means.items() if width > 1]
+    holds = min(wider) - c.sign * means[1] > max(wider) - min(wider)
     return Finding(HOLDS if holds else FAILS, evidence, f"{c.name}_width")
+
+
+def _by_width(c: Comparison, method: str) -> tuple[dict[int, float], str]:
+    """Mean score by the MLP's width, and that in words."""
+    found = c.by_width(method).items()
+    means = {width: mean_interval(list(scores.values()))[0] for width, scores in found}
+    return means, "; ".join(f"width {width}: {mean:.2f}" for width, mean in means.items())
 
 
 def _no_widths(c: Comparison, method: str) -> Finding:
@@ -227,14 +219,14 @@ def width_times(c: Comparison, method: str) -> Finding:
     return Finding(HOLDS if abs(ratio / width - 1) <= 0.15 else FAILS, evidence)
 
 
-def quicker(c: Comparison, method: str, others: tuple[str, ...]) -> Finding:
+def quicker(c: Comparison, method: str, *others: str) -> Finding:
     """Does training take less wall time than with each of the others (shortest of the runs)?"""
     seconds = {m: _metric(c, m, "train_seconds") for m in (method, *others)}
     run = {m: s for m, s in seconds.items() if s is not None}
     if method not in run or len(run) < 2:
         return missing(c, method, *others)
     evidence = "; ".join(f"{title(m)} {s:.0f} s" for m, s in run.items())
-    ahead = all(run[method] < s for m, s in run.items() if m != method)
+    ahead = run.pop(method) < min(run.values())
     return Finding(HOLDS if ahead else FAILS, evidence)
 
 
@@ -242,7 +234,7 @@ def cited_gain(c: Comparison, method: str, base: str) -> float | None:
     """The paper's difference: in points, or for distances the same fraction of the one here."""
     if method not in c.cited or base not in c.cited:
         return None
-    if c.higher:
+    if c.score.higher:
         return c.cited[method] - c.cited[base]
     here = mean_interval(list(c.scores(base).values()))[0]
     return here * (c.cited[base] - c.cited[method]) / c.cited[base]
@@ -266,18 +258,17 @@ def loss_curve(c: Comparison, method: str) -> list[tuple[int, float]]:
     return list(zip(steps, losses.mean(0).tolist(), strict=True)) if steps else []
 
 
-def difference(c: Comparison, method: str, base: str) -> str:
-    gains = c.advantage(method, base)
-    return f"gain of {title(method)} over {title(base)}: {interval(gains, c)}"
+def _gain(method: str, base: str) -> str:
+    return f"gain of {title(method)} over {title(base)}"
 
 
 def interval(gains: list[float], c: Comparison) -> str:
     """Mean and 95% interval of differences, in the comparison's unit."""
     mean, half = mean_interval(gains)
-    digits = c.digits
+    digits = c.score.digits
     if half is None:
-        return f"{mean:+.{digits}f} {c.unit} (one seed)"
-    return f"{mean:+.{digits}f} ± {half:.{digits}f} {c.unit} ({len(gains)} seeds)"
+        return f"{mean:+.{digits}f} {c.score.unit} (one seed)"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f} {c.score.unit} ({len(gains)} seeds)"
 
 
 def _metric(c: Comparison, method: str, key: str) -> float | None:

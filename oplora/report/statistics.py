@@ -25,11 +25,11 @@ def t95(degrees: int) -> float:
     return round(float(stats.t.ppf(0.975, degrees)), 3)
 
 
-def shown(values: Sequence[float], digits: int, scale: float = 1.0) -> str | None:
+def shown(values: Sequence[float], digits: int) -> str | None:
     """ "71.2 ± 0.8 (3)": mean, half-width and number of values; None where there is none."""
     if len(values) == 0:
         return None
-    mean, half = mean_interval(numpy.asarray(values, float) * scale)
+    mean, half = mean_interval(values)
     if half is None:
         return f"{mean:.{digits}f} (1)"
     return f"{mean:.{digits}f} ± {half:.{digits}f} ({len(values)})"

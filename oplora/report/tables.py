@@ -1,5 +1,6 @@
 """Tables of methods beside one another: rates, results, differences to LoRA, ranks and widths."""
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,24 +12,14 @@ import yaml
 
 from oplora.harness.runs import Record
 from oplora.report.comparison import Sweep, chosen_rates
+from oplora.report.metrics import Column
 from oplora.report.page import Row, Table
-from oplora.report.statistics import mean_interval, paired_bootstrap, shown
-from oplora.report.titles import by_method, label, method_of, title
+from oplora.report.statistics import mean_interval, paired_bootstrap
+from oplora.report.titles import by_method, by_number, label, method_of, title
 
 PAPER = Path(__file__).resolve().parents[2] / "results" / "paper"
 COSTS = ("trained parameters", "shipped parameters", "train seconds", "peak memory, GB")
 Groups = Mapping[str, Sequence[Record]]  # method → its runs
-
-
-@dataclass(frozen=True)
-class Column:
-    """A metric as a table shows it: mean and interval over seeds."""
-
-    title: str
-    metric: str
-    digits: int = 1
-    scale: float = 100  # fractions are shown in percent
-    detail: bool = False  # left out in the README
 
 
 @dataclass(frozen=True)
@@ -41,45 +32,31 @@ class Items:
     unit: str = ""
 
 
-def cells(columns: Iterable[Column], runs: Iterable[Record]) -> dict[str, str | None]:
-    return {c.title: shown([r.metrics[c.metric] for r in runs], c.digits, c.scale) for c in columns}
-
-
-def head(method: str, runs: Sequence[Record]) -> dict[str, str]:
-    """The first two columns: the method, and the learning rate that its runs share."""
-    return {"method": label(method, runs), "rate": f"{runs[0].config['lr']:g}"}
+def method_row(
+    method: str, runs: Sequence[Record], columns: Iterable[Column], **numbers: int
+) -> Row:
+    """A method, the learning rate that its runs share, numbers of theirs, results and costs."""
+    cells = {"method": label(method, runs), "rate": f"{runs[0].config['lr']:g}", **numbers}
+    cells |= {column.title: column.cell(runs) for column in columns}
+    return Row(cells | cost_cells(runs), runs)
 
 
 def results_table(
     name: str, caption: str, groups: Groups, columns: Sequence[Column], first: Sequence[Row] = ()
 ) -> Table:
     """Results and costs of every method; `first`: rows of what is not trained."""
-    rows = [
-        Row({**head(method, runs), **cells(columns, runs), **cost_cells(runs)}, runs)
-        for method, runs in groups.items()
-    ]
+    rows = [method_row(method, runs, columns) for method, runs in groups.items()]
     details = [column.title for column in columns if column.detail]
     return Table(name, caption, [*first, *rows], details=[*details, *COSTS])
 
 
-def grouped_table(
-    name: str,
-    caption: str,
-    records: Iterable[Record],
-    key: str,
-    columns: Sequence[Column],
-    costs: Sequence[str] = COSTS,
-) -> Table:
+def grouped_rows(records: Iterable[Record], key: str, columns: Sequence[Column]) -> list[Row]:
     """Results and costs of every method by a number of the config (rank, mlp_width)."""
-    number_title = {"mlp_width": "width"}.get(key, key)
-    rows = []
-    for method, runs in by_method(records).items():
-        for number in sorted({r.config[key] for r in runs}):
-            same = [r for r in runs if r.config[key] == number]
-            spent = {cost: cell for cost, cell in cost_cells(same).items() if cost in costs}
-            row = {**head(method, same), number_title: number, **cells(columns, same), **spent}
-            rows.append(Row(row, same))
-    return Table(name, caption, rows)
+    return [
+        method_row(method, same, columns, **{key.removeprefix("mlp_"): number})
+        for method, runs in by_method(records).items()
+        for number, same in by_number(runs, key).items()
+    ]
 
 
 def shipped(record: Record) -> int:
@@ -123,6 +100,12 @@ def rate_table(name: str, caption: str, sweep: Sweep, records: Sequence[Record])
             row[f"{rate:g}"] = text
         rows.append(Row(row, [r for r in records if method_of(r) == method]))
     return Table(name, f"{caption} The chosen rate has a star.", rows)
+
+
+def predictions(record: Record) -> list[dict[str, Any]]:
+    """What was predicted for every test item."""
+    lines = (record.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return list(map(json.loads, lines))
 
 
 def paired_items(

@@ -5,8 +5,9 @@ The files are read as they stand: a run's own config has these fields only if it
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,15 @@ def by_method(records: Iterable[Record]) -> dict[str, list[Record]]:
     return {name: groups[name] for name in in_order(groups)}
 
 
+def by_number(records: Iterable[Record], key: str) -> dict[int, list[Record]]:
+    """Runs by a number of the config, in its order."""
+
+    def number(record: Record) -> int:
+        return record.config[key]
+
+    return {n: list(same) for n, same in groupby(sorted(records, key=number), number)}
+
+
 @dataclass(frozen=True)
 class Scope:
     """What is trained on what, as in "tiny SDXL, emoji, fluent (mmd)"."""
@@ -97,9 +107,6 @@ class Scope:
     @property
     def short(self) -> str:
         return f"{self.model} ({self.unit})" if self.unit else self.model
-
-    def of(self, **parts: str) -> "Scope":
-        return replace(self, **parts)
 
 
 @cache

@@ -1,20 +1,20 @@
 """Table 2: commonsense reasoning, with the learning-rate sweep and the controls."""
 
-import json
-from functools import partial
-
 import pandas
 
 from oplora.harness.runs import Record
 from oplora.report import rules
-from oplora.report.claims import Thesis, better, compared
+from oplora.report.claims import Thesis, better
 from oplora.report.comparison import Comparison
-from oplora.report.experiment import Experiment, Score
+from oplora.report.experiment import Experiment
 from oplora.report.figures import Curves
+from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, Statement
-from oplora.report.statistics import mean_interval, paired_bootstrap, shown
-from oplora.report.tables import Column, Groups, Items, paired_items, signed
+from oplora.report.statistics import mean_interval, paired_bootstrap
+from oplora.report.tables import Groups, Items, paired_items, predictions, signed
 from oplora.report.titles import method, title
+
+NLL = Column("held-out NLL", "held_out_nll", 3, 1)
 
 
 def columns(final: Groups) -> list[Column]:
@@ -22,7 +22,7 @@ def columns(final: Groups) -> list[Column]:
     metrics = next(iter(final.values()))[0].metrics
     tasks = [key for key in metrics if key.startswith("accuracy_")]
     return [
-        Column("held-out NLL", "held_out_nll", 3, 1),
+        NLL,
         Column("average", "accuracy"),
         *(Column(key.removeprefix("accuracy_"), key, detail=True) for key in tasks),
     ]
@@ -34,8 +34,7 @@ def item_scores(record: Record) -> pandas.DataFrame:
     An answer that was generated has neither a likelihood nor a number of tokens (then 1).
     """
     rows = []
-    for line in (record.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-        item = json.loads(line)
+    for item in predictions(record):
         row = {"item": item["id"], "tokens": 1, "accuracy": float(item["correct"]), "nll": None}
         if "logprobs" in item:
             answer = item["answer"]
@@ -66,10 +65,10 @@ def beyond(c: Comparison, final: Groups) -> list[Part]:
     if not {"lora", "oplora"} <= set(final):
         return []
     rivals = [m for m in final if m == "lora" or method(m).role == "control"]
-    nll = {m: [r.metrics["held_out_nll"] for r in final[m]] for m in ["lora", "oplora", *rivals]}
-    texts = [f"{title(m)} {shown(nll[m], 3)} at rate {c.chosen[m]:g}" for m in nll]
+    names = dict.fromkeys(["lora", "oplora", *rivals])
+    texts = [f"{title(m)} {NLL.cell(final[m])} at rate {c.chosen[m]:g}" for m in names]
     sentences = [f"Held-out NLL, each at its own best rate: {'; '.join(texts)}."]
-    best = min(rivals, key=lambda m: mean_interval(nll[m])[0])
+    best = min(rivals, key=lambda m: mean_interval(list(map(NLL, final[m])))[0])
     judged = {best: "The best of LoRA and its controls is"}
     judged |= {"lora_matched_mlp_start": "The control with OP-LoRA's step sizes and first A is"}
     for rival, which in judged.items():
@@ -96,8 +95,8 @@ EXPERIMENT = Experiment(
     loss_caption="Validation NLL after training, nats per token, by learning rate",
     loss_margin=(0.05, 0.8),
     scores=(
-        Score("accuracy", "points of accuracy", cited="average"),
-        Score("held_out_nll", "held-out nats per token", digits=3, scale=1, higher=False),
+        Score("points of accuracy", "accuracy", cited="average"),
+        Score("held-out nats per token", "held_out_nll", digits=3, scale=1, higher=False),
     ),
     about="The learning rate of every method is the one with the lowest validation NLL of its grid "
     "(of the same length for all); the test set is scored at that rate only.",
@@ -113,9 +112,9 @@ EXPERIMENT = Experiment(
     theses=(
         better("OP-LoRA is better than LoRA", "5.4, Table 2", "oplora", "lora"),
         better("OP-DoRA is better than DoRA", "5.4, Table 2", "opdora", "dora"),
-        compared("OP-DoRA's best seed is better than DoRA's", "5.4, Table 2",
-                 rules.best_seed, "opdora", "dora"),
+        Thesis("OP-DoRA's best seed is better than DoRA's", "5.4, Table 2",
+               rules.best_seed, ("opdora", "dora")),
         Thesis("Width 1 is too little, else the trend is flat", "5.5, Figure 6",
-               partial(rules.flat_beyond_one, method="opdora"), ("opdora",), order=1),
+               rules.flat_beyond_one, ("opdora",), order=1),
     ),
 )  # fmt: skip

@@ -1,16 +1,15 @@
 """Table 4: what a photo shows, named by LLaVA; ranks, and the MLP's width with its cost."""
 
-import json
-
 import pandas
 
 from oplora.harness.runs import Record
 from oplora.report.claims import better
 from oplora.report.comparison import Comparison, final_loss
-from oplora.report.experiment import Experiment, Score
+from oplora.report.experiment import Experiment
 from oplora.report.figures import Curves
-from oplora.report.page import Part, Row
-from oplora.report.tables import Column, Groups, Items, cells, grouped_table, signed
+from oplora.report.metrics import Column, Score
+from oplora.report.page import Part, Row, Table
+from oplora.report.tables import Groups, Items, grouped_rows, predictions, signed
 from oplora.report.titles import method, method_of
 
 COLUMNS = (
@@ -24,7 +23,8 @@ def untrained(final: Groups, base: list[Record]) -> list[Row]:
     """What needs no training."""
     any_run = next(iter(final.values()))[0]
     chance, majority = (f"{100 * any_run.metrics[key]:.1f}" for key in ("chance", "majority"))
-    zero_shot = {"method": "zero-shot (no fine-tuning)", **cells(COLUMNS, base[:1])}
+    zero_shot = {"method": "zero-shot (no fine-tuning)"}
+    zero_shot |= {column.title: column.cell(base[:1]) for column in COLUMNS}
     return [
         Row({"method": "chance", "rate": None, "top-1": chance}, [any_run]),
         Row({"method": "always the most frequent class", "top-1": majority}, [any_run]),
@@ -34,8 +34,7 @@ def untrained(final: Groups, base: list[Record]) -> list[Row]:
 
 def image_scores(record: Record) -> pandas.DataFrame:
     """correct (0 or 1) and nll of every test image by its id."""
-    lines = (record.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = pandas.DataFrame(map(json.loads, lines)).set_index("id")
+    rows = pandas.DataFrame(predictions(record)).set_index("id")
     correct = (rows["found"] == rows["label"]).astype(float)
     return pandas.DataFrame({"correct": correct, "nll": rows["nll"]})
 
@@ -45,20 +44,20 @@ def differences(images: pandas.DataFrame) -> dict[str, str]:
 
 
 def ranks_and_widths(c: Comparison, final: Groups) -> list[Part]:
-    scored = [r for r in c.at_chosen_rate(c.every) if c.score(r) is not None]
-    every = [r for r in scored if method(method_of(r)).role != "control"]
+    every = [r for r in c.scored if method(method_of(r)).role != "control"]
     found: list[Part] = []
     if len({r.config["rank"] for r in every}) > 1:
         usual_width = c.records[0].config["mlp_width"]
         adapters = [r for r in every if r.metrics["adapter_parameters"]]
         ranks = [r for r in adapters if r.config["mlp_width"] == usual_width]
         caption = f"{c.scope}: ranks, at the rates chosen for rank {c.rank}; test set."
-        found.append(grouped_table(f"{c.name}_ranks", caption, ranks, "rank", COLUMNS))
+        found.append(Table(f"{c.name}_ranks", caption, grouped_rows(ranks, "rank", COLUMNS)))
     widths = [r for r in every if r.metrics["mlp_parameters"] and r.config["rank"] == c.rank]
     if len({r.config["mlp_width"] for r in widths}) > 1:
         caption = "the MLP's width, at the rate chosen for the usual one; test set."
         caption = f"{c.scope}, rank {c.rank}: {caption}"
-        found.append(grouped_table(f"{c.name}_width", caption, widths, "mlp_width", COLUMNS))
+        rows = grouped_rows(widths, "mlp_width", COLUMNS)
+        found.append(Table(f"{c.name}_width", caption, rows))
     return found
 
 
@@ -69,7 +68,7 @@ EXPERIMENT = Experiment(
     paper="table4.yaml",
     readme=("llava_cars_small",),
     loss=final_loss,
-    scores=(Score("accuracy", "points of accuracy", cited="rank {rank}"),),
+    scores=(Score("points of accuracy", "accuracy", cited="rank {rank}"),),
     about="Only the projector is adapted; full fine-tuning trains the whole projector. The "
     "learning rate of every method is the one with the lowest validation loss; the test set is "
     "scored at that rate only. An answer counts if the label is the longest one found in it, or "

@@ -12,12 +12,14 @@ from oplora.report.claims import better
 from oplora.report.comparison import Comparison, final_loss, trained, usual
 from oplora.report.experiment import Experiment, FineTuning, is_tuned
 from oplora.report.figures import Curves, over_training, rate_parts
+from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, ReportFigure, Row, Table
-from oplora.report.statistics import mean_interval, shown
-from oplora.report.tables import COSTS, Groups, cited_scores, cost_cells, head, shipped
-from oplora.report.titles import by_method, label, method_of, title
+from oplora.report.statistics import mean_interval
+from oplora.report.tables import COSTS, Groups, cited_scores, grouped_rows, method_row
+from oplora.report.titles import by_method, method_of, title
 
 LOSS = "held-out denoising loss"
+HELD_OUT = Column("held-out loss", final_loss, 4, 1)
 SCALES = (
     "At the paper's scale q, k, v and the output of the attention layers are adapted at a constant "
     "learning rate. The small preset adapts all linear layers of the U-Net's transformers, with a "
@@ -37,31 +39,22 @@ def comparisons(records: list[Record]) -> list[Comparison]:
             experiment="sdxl",
             preset=preset,
             name=f"sdxl_{preset}_{dataset}",
-            records=[r for r in measured if usual(r, measured)],
+            records=usual(measured),
             every=measured,
             swept=swept,
             sweep_name=f"sdxl_{preset}_rates",
             swept_elsewhere=dataset not in {dataset_of(r) for r in swept},
             loss=final_loss,
-            score=lambda r: r.metrics["images"][distance_of(r)] if "images" in r.metrics else None,
-            unit=distance_of(every[0]),
-            digits=2,
-            higher=False,
+            score=Score(distance_of(every[0]), image_distance, 2, 1, higher=False),
             cited=cited_scores("table1.yaml"),  # the mean of both sets
             variant=dataset,
             override=f"dataset={dataset}",
         )
         base = [r for r in records if not is_tuned(r) and _scale(r) == (preset, dataset)]
-        found.append(gated(comparison, base))
+        rows = gate(base[0], comparison.at_best) if base else []
+        fails = any(row.cells.get("holds") == "no" for row in rows)
+        found.append(replace(comparison, unfit="the gate does not hold" if fails else ""))
     return found
-
-
-def gated(c: Comparison, base: list[Record]) -> Comparison:
-    """unfit where the base model was measured and its gate does not hold."""
-    rows = gate(base[0], c.at_best) if base else []
-    if any(row.cells.get("holds") == "no" for row in rows):
-        return replace(c, unfit="the gate does not hold")
-    return c
 
 
 def body(results: FineTuning) -> list[Part]:
@@ -88,34 +81,35 @@ def dataset_parts(scope: str, measured: list[Record], c: Comparison | None) -> l
     base = [r for r in measured if not is_tuned(r)]
     controls = [r for r in measured if is_control(r) and is_tuned(r)]
     groups = c.at_best if c else {}
-    parts: list[Part] = [
-        Table(
-            name,
-            f"{scope}: distance of generated images to real ones of the style (lower is nearer), "
-            "each method at its chosen rate: mean ± 95% interval (seeds). Brackets: 95% bootstrap "
-            "interval over images. Held-out loss: on the new style.",
-            [
-                *(row for r in base for row in yardsticks(r)),
-                *(result(m, runs) for m, runs in groups.items()),
-                *(control_result(m, runs) for m, runs in by_method(controls).items()),
-            ],
-            details=COSTS,
-        )
-    ]
+    rows = [row for r in base for row in yardsticks(r)]
+    rows += [method_row(m, runs, (c.score, HELD_OUT)) for m, runs in groups.items()]
+    for method, runs in by_method(controls).items():  # held-out images of the other style: no loss
+        row = method_row(method, runs, [c.score])
+        row.cells["method"] += ", trained on the base's style"
+        rows.append(row)
+    caption = (
+        f"{scope}: distance of generated images to real ones of the style (lower is nearer), "
+        "each method at its chosen rate: mean ± 95% interval (seeds). Brackets: 95% bootstrap "
+        "interval over images. Held-out loss: on the new style."
+    )
+    parts: list[Part] = [Table(name, caption, rows, details=COSTS)]
     if base:
         caption = f"{scope}: can this base model measure style at all? Fixed before the comparison."
         parts.append(Table(f"{name}_gate", caption, gate(base[0], groups)))
     if groups:
         losses = Curves("Held-out denoising loss during training", ylabel=LOSS)
-        distances = Curves("Distance to the style during training", distance_by_step, c.unit)
+        distances = Curves("Distance to the style during training", distance_by_step, c.score.unit)
         parts += [
             grid(f"{name}_grid", scope, base, groups),
             over_training(f"{name}_curves", groups, losses, scope),
             over_training(f"{name}_steps", groups, distances, scope),
         ]
     if c and len({r.config["rank"] for r in trained(c.every)}) > 1:
+        runs = [r for r in c.at_chosen_rate(c.every) if method_of(r) in ("lora", "oplora")]
+        columns = ("method", "rank", c.score.unit, HELD_OUT.title, "shipped parameters")
+        rows = grouped_rows(runs, "rank", (c.score, HELD_OUT))
         caption = f"{scope}: OP-LoRA at half of LoRA's rank."
-        parts.append(Table(f"{name}_ranks", caption, by_rank(c)))
+        parts.append(Table(f"{name}_ranks", caption, rows, columns))
     return parts
 
 
@@ -130,25 +124,6 @@ def yardsticks(base: Record) -> list[Row]:
             *rows,
         ]
     return [Row({"method": what, metric: cell}, [base]) for what, cell in rows]
-
-
-def result(method: str, runs: list[Record]) -> Row:
-    metric = distance_of(runs[0])
-    cells = {
-        **head(method, runs),
-        metric: shown([r.metrics["images"][metric] for r in runs], 2),
-        "held-out loss": _held_out_loss(runs),
-        **cost_cells(runs),
-    }
-    return Row(cells, runs)
-
-
-def control_result(method: str, runs: list[Record]) -> Row:
-    """Its held-out images are of the other style: no loss."""
-    row = result(method, runs)
-    row.cells["method"] += ", trained on the base's style"
-    row.cells["held-out loss"] = None
-    return row
 
 
 def gate(base: Record, groups: Groups) -> list[Row]:
@@ -183,23 +158,9 @@ def gate(base: Record, groups: Groups) -> list[Row]:
     return rows
 
 
-def by_rank(c: Comparison) -> list[Row]:
-    """LoRA and OP-LoRA at every rank that was run, at the rates chosen for the usual one."""
-    rows = []
-    for method in ("lora", "oplora"):
-        at_rate = c.at_chosen_rate(c.every)
-        runs = [r for r in at_rate if method_of(r) == method]
-        for rank in sorted({r.config["rank"] for r in runs}):
-            same = [r for r in runs if r.config["rank"] == rank]
-            cells = {
-                "method": label(method, same),
-                "rank": rank,
-                c.unit: shown([c.score(r) for r in same], 2),
-                "held-out loss": _held_out_loss(same),
-                "shipped parameters": shipped(same[0]),
-            }
-            rows.append(Row(cells, same))
-    return rows
+def image_distance(record: Record) -> float | None:
+    images = record.metrics.get("images")
+    return images and images[distance_of(record)]
 
 
 def distance_by_step(record: Record) -> list[tuple[int, float]]:
@@ -226,10 +187,6 @@ def grid(name: str, scope: str, base: list[Record], groups: Groups) -> ReportFig
         axis.spines[:].set_visible(False)
     captions = ", ".join(any_run.metrics["captions"])
     return ReportFigure(name, f"The same captions and noise for all; {scope}: {captions}.", figure)
-
-
-def _held_out_loss(runs: list[Record]) -> str | None:
-    return shown([x for r in runs if (x := final_loss(r))], 4)
 
 
 def _with_interval(distances: Mapping[str, float], metric: str) -> str:

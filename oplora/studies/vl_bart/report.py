@@ -1,21 +1,19 @@
 """Table 3, Figures 1d and 6: VL-BART on four tasks at once, and the MLP's width."""
 
-import json
-from functools import partial
-
 import pandas
 
 from oplora.harness.runs import Record
 from oplora.report import rules
-from oplora.report.claims import Thesis, better, compared
+from oplora.report.claims import Thesis, better
 from oplora.report.comparison import Comparison, final_loss
-from oplora.report.experiment import Experiment, Score
+from oplora.report.experiment import Experiment
 from oplora.report.figures import Curves, over_widths
-from oplora.report.page import Part
-from oplora.report.tables import Column, Groups, Items, grouped_table, signed
+from oplora.report.metrics import Column, Score
+from oplora.report.page import Part, Table
+from oplora.report.tables import Groups, Items, grouped_rows, predictions, signed
 
 # CIDEr has another unit, which would rule the average of four.
-ACCURACY = Score("average_without_captions", "points of accuracy", cited="average without captions")
+ACCURACY = Score("points of accuracy", "average_without_captions", cited="average without captions")
 COLUMNS = (  # all are shown × 100, as the paper does
     Column("vqa", "vqa_accuracy"),
     Column("gqa", "gqa_accuracy"),
@@ -33,8 +31,7 @@ def accuracy_by_epoch(record: Record) -> list[tuple[int, float]]:
 
 def item_scores(record: Record) -> pandas.DataFrame:
     """score of every test item by (task, id); captions have none."""
-    lines = (record.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = pandas.DataFrame(map(json.loads, lines)).dropna(subset="score")
+    rows = pandas.DataFrame(predictions(record)).dropna(subset="score")
     return rows.set_index(["task", "id"])[["score"]].sort_index()
 
 
@@ -46,8 +43,7 @@ def differences(items: pandas.DataFrame) -> dict[str, str]:
 
 def widths(c: Comparison, final: Groups) -> list[Part]:
     """Figure 6 with its table, where there are three widths; adapters without an MLP as lines."""
-    scored = [r for r in c.at_chosen_rate(c.every) if c.score(r) is not None]
-    records = [r for r in scored if r.metrics["mlp_parameters"]]
+    records = [r for r in c.scored if r.metrics["mlp_parameters"]]
     if len({r.config["mlp_width"] for r in records}) < 3:
         return []
     name, plain = f"{c.name}_width", {m: final.get(m, []) for m in ("lora", "dora")}
@@ -59,9 +55,10 @@ def widths(c: Comparison, final: Groups) -> list[Part]:
         f"{c.scope}: the MLP's width, at the rate chosen for the usual one; test set, mean ± 95% "
         "interval (seeds)."
     )
+    columns = ("method", "rate", "width", *(c.title for c in COLUMNS), "trained parameters")
     return [
         over_widths(name, drawn, records, ACCURACY, "test accuracy, %", plain),
-        grouped_table(name, listed, records, "mlp_width", COLUMNS, costs=("trained parameters",)),
+        Table(name, listed, grouped_rows(records, "mlp_width", COLUMNS), columns),
     ]
 
 
@@ -94,9 +91,9 @@ EXPERIMENT = Experiment(
     theses=(
         better("OP-LoRA is better than LoRA", "5.2, Table 3", "oplora", "lora"),
         better("OP-DoRA is better than DoRA", "5.2, Table 3", "opdora", "dora"),
-        compared("OP-LoRA gains over LoRA as much as DoRA does", "5.2",
-                 rules.not_worse, "oplora", "dora"),
+        Thesis("OP-LoRA gains over LoRA as much as DoRA does", "5.2",
+               rules.not_worse, ("oplora", "dora")),
         Thesis("Performance is an inverted U over the MLP's width", "5.5, Figure 6",
-               partial(rules.inverted_u, method="opdora"), ("opdora",), order=1),
+               rules.inverted_u, ("opdora",), order=1),
     ),
 )  # fmt: skip

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy
+import pandas
 
 from oplora.harness.runs import Record
-from oplora.report.across import Losses
+from oplora.report.across import sensitivity
 from oplora.report.claims import Claim
 from oplora.report.comparison import Comparison
 from oplora.report.page import Part, Row, Section, Table
 from oplora.report.tables import COSTS
-from oplora.report.titles import title
+from oplora.report.titles import label, title
 from oplora.studies.matrix_factorization.report import figures
 from oplora.studies.matrix_factorization.report.claims import claims
 from oplora.studies.matrix_factorization.report.study import (
@@ -19,7 +20,6 @@ from oplora.studies.matrix_factorization.report.study import (
     REACHED,
     Studies,
     Study,
-    complete,
     studies,
 )
 
@@ -69,7 +69,8 @@ class Results:
 
     @cached_property
     def complete(self) -> Studies:
-        return complete(self.studies)
+        """The optimizers for which both MF and OP-MF were run."""
+        return {name: found for name, found in self.studies.items() if {"mf", "opmf"} <= set(found)}
 
     def claims(self) -> list[Claim]:
         return claims(self.complete)
@@ -97,23 +98,23 @@ class Results:
             parts.append(Table(f"mf_final_{optimizer}", caption, final_errors(methods)))
         return Section("Matrix factorization (Figures 2-4)", parts)
 
-    def standings(self) -> list[Row]:
-        return [
-            standing(f"matrix factorization, {OPTIMIZERS[optimizer]}", methods)
-            for optimizer, methods in self.studies.items()
-        ]
+    @property
+    def scopes(self) -> dict[str, dict[str, Study]]:
+        found = self.studies.items()
+        return {f"matrix factorization, {OPTIMIZERS[name]}": methods for name, methods in found}
 
-    def sweeps(self) -> list[Losses]:
-        return [
-            Losses(
-                f"matrix factorization, {OPTIMIZERS[optimizer]}",
-                title(name),
-                dict(zip(study.rates, study.median.tolist(), strict=True)),
-                [study.record],
-            )
-            for optimizer, methods in self.studies.items()
-            for name, study in methods.items()
-        ]
+    def standings(self) -> list[Row]:
+        return [standing(scope, methods) for scope, methods in self.scopes.items()]
+
+    def sensitivity(self) -> list[Row]:
+        found = []
+        for scope, methods in self.scopes.items():
+            sweeps = [
+                (title(name), dict(zip(study.rates, study.median, strict=True)), [study.record])
+                for name, study in methods.items()
+            ]
+            found += sensitivity(scope, sweeps)
+        return found
 
 
 def claim_rows(found: list[Claim]) -> list[Row]:
@@ -142,13 +143,13 @@ def summary(found: Studies) -> list[Row]:
         for name, study in methods.items():
             cells = {
                 "optimizer": OPTIMIZERS[optimizer],
-                "method": title(name) + study.mark,
-                "best rate": f"{study.rates[study.best]:g}",
+                "method": label(name, [study.record]),
+                "best rate": f"{study.best_rate:g}",
                 "MSE at best rate": _band(study.final[study.best]),
                 "SVD": f"{numpy.median(study.svd):.4f}",
                 "rates reaching SVD": f"{study.reaches.sum()} of {len(study.rates)}",
                 "diverging": int(study.diverges.sum()),
-                "steps to SVD": _steps(study.steps_to_svd(study.best)),
+                "steps to SVD": _steps(study.steps_to_svd[study.best]),
                 "trained parameters": study.record.metrics["trained_parameters"],
             }
             rows.append(Row(cells, [study.record]))
@@ -157,12 +158,10 @@ def summary(found: Studies) -> list[Row]:
 
 def final_errors(methods: dict[str, Study]) -> list[Row]:
     """One row per rate, one column per method."""
-    runs = [study.record for study in methods.values()]
-    rows = [Row({"rate": f"{rate:g}"}, runs) for rate in next(iter(methods.values())).rates]
-    for name, study in methods.items():
-        for row, final in zip(rows, study.final, strict=True):
-            row.cells[title(name)] = _band(final)
-    return rows
+    bands = {title(name): list(map(_band, study.final)) for name, study in methods.items()}
+    rates = [f"{rate:g}" for rate in next(iter(methods.values())).rates]
+    rows = pandas.DataFrame({"rate": rates, **bands}).to_dict("records")
+    return [Row(cells, [study.record for study in methods.values()]) for cells in rows]
 
 
 def _band(final: numpy.ndarray) -> str:

@@ -1,10 +1,14 @@
 """Figures 2-4, and two that the paper lacks: sensitivity and effective step size."""
 
+from collections.abc import Sequence
+
 import numpy
+import pandas
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from oplora.report.figures import shade
 from oplora.report.page import ReportFigure
 from oplora.report.titles import title
 from oplora.studies.matrix_factorization.report.study import (
@@ -13,28 +17,45 @@ from oplora.studies.matrix_factorization.report.study import (
     Studies,
     Study,
     longest_window,
+    reached_only_by,
     span,
 )
+
+QUANTITIES = {  # of figure 3
+    "mse": "MSE",
+    "gradient_cosine": "cosine, gradients 10 steps apart",
+    "gradient_norm": "gradient norm of A and B",
+    "effective_rank": "effective rank of BA",
+}
+
+
+def panels(
+    titles: Sequence[str], xlabel: str, ylabel: str, size: tuple[float, float], sharey: bool = True
+) -> tuple[Figure, Sequence[Axes]]:
+    """Axes beside one another."""
+    figure = Figure(figsize=size)
+    axes = figure.subplots(1, len(titles), sharey=sharey, squeeze=False)[0]
+    for axis, text in zip(axes, titles, strict=True):
+        axis.set_title(text)
+        axis.set_xlabel(xlabel)
+    axes[0].set_ylabel(ylabel)
+    return figure, axes
 
 
 def figure2(methods: dict[str, Study]) -> ReportFigure:
     """Loss curves over learning rates: as the paper draws them, and the whole range."""
     mf, op = methods["mf"], methods["opmf"]
-    figure = Figure(figsize=(11, 4))
-    axes = figure.subplots(1, 2, sharey=True)
     everything = list(range(len(mf.rates)))
-    window = longest_window(mf, op, lambda i: op.reaches[i].sum() >= 4 and not mf.reaches[i].any())
-    inside = window or everything
-    low, high = mf.rates[inside[0]], mf.rates[inside[-1]]
-    if window:
-        axes[0].set_title(f"rates {low:g} to {high:g}: OP-MF reaches SVD, MF does not")
+    if inside := longest_window(op, mf, reached_only_by(op, mf)):
+        low, high = mf.rates[inside[0]], mf.rates[inside[-1]]
+        first = f"rates {low:g} to {high:g}: OP-MF reaches SVD, MF does not"
     else:
-        inside = [i for i in everything if not mf.reaches[i] and not op.diverges[i]]
-        axes[0].set_title(f"rates at which MF does not reach SVD: {span(mf.rates, inside)}")
-    axes[1].set_title("every rate, each method up to its own limit")
+        inside = [i for i in op.stable if not mf.reaches[i]]
+        first = f"rates at which MF does not reach SVD: {span(mf.rates, inside)}"
+    titles = (first, "every rate, each method up to its own limit")
+    figure, axes = panels(titles, "step", "MSE", (11, 4))
     for axis, chosen in zip(axes, (inside, everything), strict=True):
         _loss_curves(axis, methods, chosen)
-    axes[0].set_ylabel("MSE")
     caption = (
         "Figure 2. Reconstruction error over 1000 steps of SGD (median over seeds); light to dark: "
         "low to high learning rate; red: rank-8 SVD. The picture depends on which rates are shown."
@@ -45,19 +66,18 @@ def figure2(methods: dict[str, Study]) -> ReportFigure:
 def _loss_curves(axis: Axes, methods: dict[str, Study], chosen: list[int]) -> None:
     for name, shades in (("mf", "Oranges"), ("opmf", "Blues")):
         study = methods[name]
+        shown = [i for i in chosen if i in study.stable]
         colors = colormaps[shades](numpy.linspace(0.3, 0.95, len(chosen)))
-        shown = [i for i in chosen if not study.diverges[i]]
         for i, color in zip(chosen, colors, strict=True):
             if i in shown:
                 label = title(name) if i == shown[-1] else None
                 axis.plot(study.steps, study.curve("mse", i), color=color, lw=1.2, label=label)
-    axis.axhline(numpy.median(methods["mf"].svd), color="red", lw=1, label="SVD")
-    _error_scale(axis)
-    axis.set_xlabel("step")
+    _error_axis(axis, methods["mf"])
     axis.legend(frameon=False)
 
 
-def _error_scale(axis: Axes) -> None:
+def _error_axis(axis: Axes, study: Study) -> None:
+    axis.axhline(numpy.median(study.svd), color="red", lw=1, label="SVD")
     axis.set_yscale("log")
     axis.set_ylim(0.058, 0.4)
     axis.set_yticks([0.06, 0.08, 0.1, 0.2, 0.3], ["0.06", "0.08", "0.10", "0.20", "0.30"])
@@ -66,31 +86,21 @@ def _error_scale(axis: Axes) -> None:
 
 def figure3(methods: dict[str, Study]) -> ReportFigure:
     """Loss, gradient consistency, gradient norm and effective rank at one rate and at each best."""
-    quantities = {
-        "mse": "MSE",
-        "gradient_cosine": "cosine, gradients 10 steps apart",
-        "gradient_norm": "gradient norm of A and B",
-        "effective_rank": "effective rank of BA",
-    }
+    mf, op = methods["mf"], methods["opmf"]
     figure = Figure(figsize=(15, 6.5))
-    axes = figure.subplots(2, 4)
-    same = methods["opmf"].best
-    rows = [
-        ("OP-MF's best rate", {name: same for name in ("mf", "opmf")}),
-        ("own best rate", {name: methods[name].best for name in ("mf", "opmf")}),
-    ]
+    axes = figure.subplots(2, len(QUANTITIES))
+    rows = (("OP-MF's best rate", (op.best, op.best)), ("own best rate", (mf.best, op.best)))
     for line, (where, chosen) in zip(axes, rows, strict=True):
-        for axis, (key, label) in zip(line, quantities.items(), strict=True):
-            for name, rate in chosen.items():
+        for axis, (key, label) in zip(line, QUANTITIES.items(), strict=True):
+            for name, rate in zip(("mf", "opmf"), chosen, strict=True):
                 study = methods[name]
                 text = f"{title(name)}, rate {study.rates[rate]:g}"
                 axis.plot(study.steps, study.curve(key, rate), color=COLORS[name], label=text)
             axis.set_title(f"{label} ({where})", fontsize=10)
             if key in ("mse", "gradient_norm"):
                 axis.set_yscale("log")
-        reference = methods["mf"].record.metrics
-        line[0].axhline(numpy.median(methods["mf"].svd), color="red", lw=1)
-        line[3].axhline(numpy.median(reference["svd_effective_rank"]), color="red", lw=1)
+        line[0].axhline(numpy.median(mf.svd), color="red", lw=1)
+        line[3].axhline(numpy.median(mf.record.metrics["svd_effective_rank"]), color="red", lw=1)
         line[0].legend(frameon=False)
     for axis in axes[1]:
         axis.set_xlabel("step")
@@ -103,35 +113,26 @@ def figure3(methods: dict[str, Study]) -> ReportFigure:
 
 
 def figure4(complete: Studies) -> ReportFigure:
-    figure = Figure(figsize=(15, 4))
-    axes = figure.subplots(1, len(complete), sharey=True, squeeze=False)[0]
-    for axis, (name, methods) in zip(axes, complete.items(), strict=True):
+    figure, axes = panels([OPTIMIZERS[name] for name in complete], "step", "MSE", (15, 4))
+    for axis, methods in zip(axes, complete.values(), strict=True):
         _loss_curves(axis, methods, list(range(len(methods["mf"].rates))))
-        axis.set_title(OPTIMIZERS[name])
-    axes[0].set_ylabel("MSE")
     caption = "Figure 4. The same three times: every rate of the grid that does not diverge."
     return ReportFigure("figure4", caption, figure)
 
 
 def sensitivity(found: Studies) -> ReportFigure:
-    figure = Figure(figsize=(15, 4))
-    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for axis, (optimizer, methods) in zip(axes, found.items(), strict=True):
+    titles = [OPTIMIZERS[name] for name in found]
+    figure, axes = panels(titles, "learning rate", "final MSE", (15, 4))
+    for axis, methods in zip(axes, found.values(), strict=True):
         for method, study in methods.items():
             color = COLORS.get(method)  # None: the next of matplotlib's
-            shown = [i for i in range(len(study.rates)) if not study.diverges[i]]
-            final = numpy.where(numpy.isinf(study.final), numpy.nan, study.final)[shown]
-            rates = numpy.array(study.rates)[shown]
-            middle, name = numpy.nanmedian(final, 1), title(method)
+            rates = [study.rates[i] for i in study.stable]
+            final = pandas.DataFrame(study.final[study.stable]).replace(numpy.inf, numpy.nan).T
+            name, middle = title(method), final.median()
             (line,) = axis.plot(rates, middle, "o-", ms=3, color=color, label=name)
-            low, high = numpy.nanmin(final, 1), numpy.nanmax(final, 1)
-            axis.fill_between(rates, low, high, color=line.get_color(), alpha=0.15, lw=0)
-        axis.axhline(numpy.median(study.svd), color="red", lw=1, label="SVD")
+            shade(axis, line, final.min(), final.max())
         axis.set_xscale("log")
-        _error_scale(axis)
-        axis.set_title(OPTIMIZERS[optimizer])
-        axis.set_xlabel("learning rate")
-    axes[0].set_ylabel("final MSE")
+        _error_axis(axis, study)
     axes[-1].legend(frameon=False, fontsize=8)
     caption = (
         "Sensitivity. Final error against the learning rate: median and range over seeds; a line "
@@ -141,21 +142,18 @@ def sensitivity(found: Studies) -> ReportFigure:
 
 
 def step_sizes(complete: Studies) -> ReportFigure:
-    figure = Figure(figsize=(15, 3.5))
-    axes = figure.subplots(1, len(complete), squeeze=False)[0]
-    for axis, (name, methods) in zip(axes, complete.items(), strict=True):
-        study = methods["opmf"]
-        shown = [i for i in range(len(study.rates)) if not study.diverges[i]]
-        for i, color in zip(
-            shown, colormaps["Blues"](numpy.linspace(0.3, 1, len(shown))), strict=True
-        ):
+    norms = {name: "1 + |h|₁" if name == "adam" else "1 + |h|₂²" for name in complete}
+    titles = [f"{OPTIMIZERS[name]}: {norm}" for name, norm in norms.items()]
+    ylabel = "step of A and B over that of MF"
+    figure, axes = panels(titles, "step", ylabel, (15, 3.5), sharey=False)
+    for axis, methods in zip(axes, complete.values(), strict=True):
+        study, shown = methods["opmf"], methods["opmf"].stable
+        colors = colormaps["Blues"](numpy.linspace(0.3, 1, len(shown)))
+        for i, color in zip(shown, colors, strict=True):
             label = f"rate {study.rates[i]:g}" if i in (shown[0], shown[-1]) else None
             axis.plot(study.steps, study.curve("step_multiplier", i), color=color, label=label)
         axis.set_yscale("log")
-        axis.set_title(f"{OPTIMIZERS[name]}: {'1 + |h|₁' if name == 'adam' else '1 + |h|₂²'}")
-        axis.set_xlabel("step")
         axis.legend(frameon=False)
-    axes[0].set_ylabel("step of A and B over that of MF")
     caption = (
         "Effective step size of OP-MF over training (mean of both MLPs, median over seeds): how "
         "much further a step of the same learning rate moves A and B while h stands still."

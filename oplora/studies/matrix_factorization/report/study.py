@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import numpy
+import pandas
 
 from oplora.harness.runs import Record
 from oplora.report.titles import in_order
@@ -33,13 +35,12 @@ class Study:
             return {name: archive[name] for name in archive.files}
 
     @property
-    def mark(self) -> str:
-        """† where the run is noted (see report.provenance)."""
-        return "†" if "note" in self.record.environment else ""
-
-    @property
     def rates(self) -> list[float]:
         return self.record.config["rates"]
+
+    @property
+    def best_rate(self) -> float:
+        return self.rates[self.best]
 
     @property
     def steps(self) -> numpy.ndarray:
@@ -71,24 +72,26 @@ class Study:
         """Per rate: did most seeds diverge?"""
         return numpy.isinf(self.final).mean(1) > 0.5
 
+    @property
+    def stable(self) -> list[int]:
+        """Indices of the rates at which most seeds do not diverge."""
+        return numpy.flatnonzero(~self.diverges).tolist()
+
     @cached_property
     def best(self) -> int:
         """Index of the rate with the lowest median error."""
         return int(self.median.argmin())
 
-    def steps_to_svd(self, rate: int) -> float:
-        """Median over seeds of the first step within REACHED of the SVD error (inf: never)."""
-        below = self.curves["mse"][rate] <= REACHED * self.svd[:, None]
-        first = numpy.where(below.any(1), self.steps[below.argmax(1)], numpy.inf)
-        return float(numpy.median(first))
+    @cached_property
+    def steps_to_svd(self) -> numpy.ndarray:
+        """Per rate: median over seeds of the first step within REACHED of the SVD error, or inf."""
+        below = self.curves["mse"] <= REACHED * self.svd[:, None]
+        first = numpy.where(below.any(2), self.steps[below.argmax(2)], numpy.inf)
+        return numpy.median(first, 1)
 
     def curve(self, name: str, rate: int) -> numpy.ndarray:
         """Median over the seeds that go on."""
-        values = self.curves[name][rate]
-        result = numpy.full(values.shape[1], numpy.nan)
-        some = ~numpy.isnan(values).all(0)
-        result[some] = numpy.nanmedian(values[:, some], 0)
-        return result
+        return pandas.DataFrame(self.curves[name][rate]).median().to_numpy()
 
 
 Studies = dict[str, dict[str, Study]]  # optimizer → method → study
@@ -109,25 +112,21 @@ def studies(records: list[Record]) -> Studies:
     }
 
 
-def complete(found: Studies) -> Studies:
-    """The optimizers for which both MF and OP-MF were run."""
-    return {name: methods for name, methods in found.items() if {"mf", "opmf"} <= set(methods)}
-
-
 def _is_default(problem: dict) -> bool:
     wanted = dict(rows=100, columns=100, rank=8, condition_number=None, loss="mse", steps=1000)
-    return all(problem[key] == value for key, value in wanted.items())
+    return wanted.items() <= problem.items()
 
 
-def longest_window(mf: Study, op: Study, holds: Callable[[list[int]], bool]) -> list[int]:
-    """The longest run of neighbouring rates (within both methods' stability) where `holds`."""
-    count, best = len(mf.rates), []
-    for start in range(count):
-        for stop in range(start + 1, count + 1):
-            chosen = list(range(start, stop))
-            if stop - start > len(best) and not op.diverges[chosen].any() and holds(chosen):
-                best = chosen
-    return best
+def longest_window(op: Study, mf: Study, holds: Callable[[list[int]], bool]) -> list[int]:
+    """The longest run of neighbouring rates (at which OP-MF does not diverge) where `holds`."""
+    windows = [list(range(*ends)) for ends in combinations(range(len(mf.rates) + 1), 2)]
+    found = [window for window in windows if not op.diverges[window].any() and holds(window)]
+    return max(found, key=len, default=[])
+
+
+def reached_only_by(op: Study, mf: Study) -> Callable[[list[int]], bool]:
+    """Of rates: is the SVD error reached at four at least with OP-MF, at none with MF?"""
+    return lambda rates: op.reaches[rates].sum() >= 4 and not mf.reaches[rates].any()
 
 
 def span(rates: list[float], chosen: list[int]) -> str:
