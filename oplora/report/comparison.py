@@ -225,7 +225,11 @@ def usual(records: Sequence[Record]) -> list[Record]:
     """Those of the rank at which most methods were run, and of their method's usual width.
 
     The usual width is the config's for the method (`widths`), else the one that most runs have.
+    Of runs that train something besides the adapter at a rate of its own, those at the rate that
+    most have.
     """
+    direct = _most_common(rate for r in records if (rate := r.config.get("direct_lr")))
+    records = [r for r in records if r.config.get("direct_lr") in (None, direct)]
     ranks = dict.fromkeys((method_of(r), r.config["rank"]) for r in records)
     rank = _most_common(rank for _, rank in ranks)
     widths = {
@@ -241,7 +245,7 @@ def usual(records: Sequence[Record]) -> list[Record]:
     return [r for r in right_rank if r.config["mlp_width"] == usual_width(r)]
 
 
-def _most_common(values: Iterable[int]) -> int | None:
+def _most_common(values: Iterable[float]) -> float | None:
     return next((value for value, _ in Counter(values).most_common(1)), None)
 
 

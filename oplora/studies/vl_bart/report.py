@@ -1,5 +1,7 @@
 """Table 3, Figures 1d and 6: VL-BART on four tasks at once, and the MLP's width."""
 
+from collections import Counter
+
 import pandas
 
 from oplora.harness.runs import Record
@@ -9,8 +11,10 @@ from oplora.report.comparison import Comparison, final_loss
 from oplora.report.experiment import Experiment
 from oplora.report.figures import Curves, over_widths
 from oplora.report.metrics import Column, Score
-from oplora.report.page import Part, Table
+from oplora.report.page import Part, Row, Table
+from oplora.report.statistics import shown
 from oplora.report.tables import Groups, Items, grouped_rows, predictions, signed
+from oplora.report.titles import by_method, by_number, method_of, title
 
 # CIDEr has another unit, which would rule the average of four.
 ACCURACY = Score("points of accuracy", "average_without_captions", cited="average without captions")
@@ -62,6 +66,35 @@ def widths(c: Comparison, final: Groups) -> list[Part]:
     ]
 
 
+def direct_rates(c: Comparison) -> list[Part]:
+    """How the rate of what is trained besides the adapters was chosen: once, for all methods."""
+    runs = [r for r in c.every if r.config.get("direct_lr")]
+    rates = by_number(runs, "direct_lr")
+    if len(rates) < 2:
+        return []
+    usual = Counter(r.config["direct_lr"] for r in runs).most_common(1)[0][0]
+    others = [r for rate, same in rates.items() if rate != usual for r in same]
+    keys = {(method_of(r), r.config["lr"], r.config["seed"]) for r in others}
+    kept = [r for r in runs if (method_of(r), r.config["lr"], r.config["seed"]) in keys]
+    rows = []
+    for method, of_method in by_method(kept).items():
+        for lr, same in by_number(of_method, "lr").items():
+            cells = {"method": title(method), "rate": f"{lr:g}"}
+            for rate, at in by_number(same, "direct_lr").items():
+                cells[f"{rate:g}"] = shown([final_loss(r) for r in at], 3)
+            rows.append(Row(cells, same))
+    caption = (
+        f"{c.scope}: validation loss by the learning rate of what is trained besides the adapters "
+        f"(visual embedding, biases), mean ± 95% interval (seeds). {usual:g} was chosen from this, "
+        "once for all methods."
+    )
+    return [Table(f"{c.name}_direct_rates", caption, rows)]
+
+
+def details(c: Comparison, final: Groups) -> list[Part]:
+    return [*direct_rates(c), *widths(c, final)]
+
+
 EXPERIMENT = Experiment(
     name="vl_bart",
     order=3,
@@ -87,7 +120,7 @@ EXPERIMENT = Experiment(
         "accuracy, %",
         "epoch",
     ),
-    more=widths,
+    more=details,
     theses=(
         better("OP-LoRA is better than LoRA", "5.2, Table 3", "oplora", "lora"),
         better("OP-DoRA is better than DoRA", "5.2, Table 3", "opdora", "dora"),
