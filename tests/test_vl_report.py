@@ -2,6 +2,7 @@
 
 import pandas
 import pytest
+import yaml
 from stored_runs import store_vl_bart as store
 
 from oplora.harness.runs import load_runs
@@ -80,3 +81,21 @@ def test_cited_values_are_the_papers():
         assert abs(tasks.mean() - rows.loc[name, "average"]) < 0.11, name
         average = rows.loc[name, "average without captions"]
         assert abs(tasks[:3].mean() - average) < 0.11, name
+
+
+def test_the_rate_besides_the_adapters_was_chosen_once_for_all(runs, tmp_path):
+    def at(path, rate):
+        config = yaml.safe_load((path / "config.yaml").read_text()) | {"direct_lr": rate}
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    for path in [p.parent for p in runs.rglob("config.yaml")]:
+        at(path, 1e-2)
+    for lr, loss in ((1e-2, 0.3), (1e-3, 0.1)):  # a lower loss, at another rate besides
+        at(store(runs / "other", "lora", lr, 0, loss), 1e-3)
+    table = tables(runs, tmp_path)
+    rates = table("vl_bart_small_rates").set_index("method")
+    assert rates.loc["LoRA", "0.01"] == "0.200*" and rates.loc["LoRA", "0.001"] == "0.500"
+    direct = table("vl_bart_small_direct_rates")
+    shown = [(row["rate"], row["0.001"], row["0.01"]) for _, row in direct.iterrows()]
+    assert [(rate, at[:5]) for rate, at, _ in shown] == [(0.001, "0.100"), (0.01, "0.300")]
+    assert shown[0][2] == "0.500 (1)" and shown[1][2].startswith("0.200")
