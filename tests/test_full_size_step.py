@@ -51,7 +51,7 @@ def test_the_config_is_that_of_sdxl(script):
 def test_a_tiny_unet_runs_through(script, tmp_path, capsys, checkpointing):
     config, out = tmp_path / "config.json", tmp_path / "new" / "step.json"
     config.write_text(json.dumps(TINY))
-    options = ["--unet", str(config), "--out", str(out), "--resolution", "64", "--steps", "3"]
+    options = ["--unet", str(config), "--out", str(out), "--resolution", "64", "--steps", "10"]
     assert script.main([*options, *checkpointing]) == 0
     result = json.loads(out.read_text())
     shown = json.loads(capsys.readouterr().out)
@@ -68,8 +68,8 @@ def test_a_tiny_unet_runs_through(script, tmp_path, capsys, checkpointing):
     assert result["unet_parameters"] == unet.num_parameters()
     assert result["gradient_checkpointing"] is bool(checkpointing)
     for phase in ("forward", "backward", "optimizer_step"):
-        assert len(result[f"{phase}_seconds"]) == 3 and min(result[f"{phase}_seconds"]) >= 0
-    assert result["losses"][2] < result["losses"][0], "the steps train"
+        assert len(result[f"{phase}_seconds"]) == 10 and min(result[f"{phase}_seconds"]) >= 0
+    assert min(result["losses"][5:]) < result["losses"][0], "the steps train"
     assert result["peak_memory_bytes"] > 2 * result["unet_parameters"]
 
 

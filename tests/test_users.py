@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-import pickle
+import io
 
 import pytest
 import torch
@@ -185,7 +185,7 @@ def test_a_zero_bias_is_no_factor():
 
 def test_copies_are_refused_at_once(form):
     optimizer = form(blocks(), mlp_width=4)
-    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+    for copied in (copy.deepcopy, copy.copy, lambda o: torch.save(o, io.BytesIO())):
         with pytest.raises(TypeError, match="state_dict"):
             copied(optimizer)
 
