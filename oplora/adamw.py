@@ -78,9 +78,10 @@ class OPAdamW(OPOptimizer):
     Equal to `OPOptimizer(params, torch.optim.AdamW, …)`, but the rank-1 gradient h ⊗ g of W2 is
     formed a few rows at a time in a scratch that stays in cache, moments exist only for rows
     whose unit was ever on (about half of them), and z, W1, b1 and b2 of all blocks are updated
-    in one call. lite: less than a third of the state, approximately (`oplora.rows.SharedRow`); it
-    resumes with the seed and initial options it was built with. fused, foreach: accepted as
-    AdamW's, but it has its own form. Other arguments: `OPOptimizer`.
+    in one call. Rows that never were on are not saved: it resumes with the seed and initial
+    options it was built with. lite: less than a third of the state, approximately
+    (`oplora.rows.SharedRow`). fused, foreach: accepted as AdamW's, but it has its own form. Other
+    arguments: `OPOptimizer`.
     """
 
     @with_keywords_of(OPOptimizer.__init__)
@@ -161,12 +162,11 @@ class OPAdamW(OPOptimizer):
             moments.even = len({float(step) for step in moments.steps}) == 1
 
     def load_state_dict(self, state_dict: dict[str, Any]):
-        if self.rows == "shared":  # the first rows of W2 are not saved
-            for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-                for key in ("seed", *INITIAL):
-                    if key in saved and saved[key] != mine[key]:
-                        raise ValueError(
-                            f"the state was saved with {key}={saved[key]}, from which W2 is drawn "
-                            f"again; here {key}={mine[key]}: build the optimizer with the saved one"
-                        )
+        for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for key in ("seed", *INITIAL):  # not all rows of W2 are saved
+                if key in saved and saved[key] != mine[key] and key != "z_dim":
+                    raise ValueError(
+                        f"the state was saved with {key}={saved[key]}, from which W2 is drawn "
+                        f"again; here {key}={mine[key]}: build the optimizer with the saved one"
+                    )
         super().load_state_dict(state_dict)

@@ -151,7 +151,6 @@ def parameter_report(
     shared_trunk: bool = True,
     optimizer_cls: type[Optimizer] = torch.optim.AdamW,
     moments: int = 2,
-    weight_decay: float = 0.01,
     lite: bool = False,
 ) -> dict[str, int]:
     """Counts of parameters and an estimate of the optimizer's memory, also of meta tensors.
@@ -159,10 +158,9 @@ def parameter_report(
     mlp_width: 0 for methods without MLPs. moments: tensors that the optimizer keeps per
     parameter (AdamW 2, momentum 1, SGD 0). lite: of `OPAdamW(…, lite=True)`.
     `mlp_parameters` is everything in the MLPs, `mlp_output_parameters` their W2 alone, which is
-    what the paper counts. `optimizer_state_bytes` contains MLPs and moments; under AdamW those
-    of half of W2, of the hidden units that are expected to be active: the moments, and without
-    weight decay the rows of W2 themselves. The Lite form trains one row in place of W2, and keeps
-    about a quarter of it (the active rows of A).
+    what the paper counts. `optimizer_state_bytes` contains MLPs and moments; under AdamW W2's and
+    its moments' rows of half of the hidden units, which are expected to be active. The Lite form
+    trains one row in place of W2, and keeps about a quarter of it (the active rows of A).
     """
     blocks, others = adapter_blocks(model)
     tensors = [tensor for block in blocks for tensor in block.tensors]
@@ -172,7 +170,7 @@ def parameter_report(
     output = adapter if lite else mlp_width * adapter
     mlp = trunks + output + (adapter if mlp_width else 0)
     inactive = output // 2 if optimizer_cls is torch.optim.AdamW and not lite else 0
-    held = mlp if weight_decay else mlp - inactive
+    held = mlp - inactive
     held += mlp_width * adapter // 4 if lite else 0
     direct = [tensor for _, tensor in others] + ([] if mlp_width else tensors)
     direct_bytes = sum(tensor.numel() * tensor.element_size() for tensor in direct)

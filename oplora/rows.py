@@ -17,8 +17,8 @@ from torch import Tensor
 class ActiveRows:
     """W2 itself. Only rows of units that were ever on are kept; `every`: all rows.
 
-    The others are as they were drawn, and are drawn again by draw(i) (width, P) when they are
-    needed. Only weight decay changes them: then they are kept in `inactive_rows`.
+    The others are as they were drawn but for weight decay, which is one factor a block, `shrink`:
+    they are drawn again by draw(i) (width, P) when they are needed, and not saved.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class ActiveRows:
         self.unit_of_row = torch.arange(width, device=like.device).repeat(count, 1)
         self.active = [width if every else 0] * count  # rows of W2 that are kept
         self.W2 = [draw(i) if every else like.new_empty(0, sizes[i]) for i in range(count)]
-        self.inactive_rows: list[Tensor | None] = [None] * count
+        self.shrink = torch.ones(count, dtype=torch.float64)
 
     def grow(self, h: Tensor):
         """Append the rows of units that are on for the first time in h (blocks, width)."""
@@ -48,8 +48,6 @@ class ActiveRows:
                 self.active[i] += 1
             count = self.active[i] - first
             self.W2[i].resize_(self.active[i], self.sizes[i])[first:] = rest[:count]
-            if self.inactive_rows[i] is not None:
-                self.inactive_rows[i] = rest[count:].clone()
 
     def weights(self, h: Tensor) -> list[Tensor]:
         ordered = h.gather(1, self.unit_of_row)
@@ -69,43 +67,31 @@ class ActiveRows:
         return torch.zeros_like(dh).scatter_(1, self.unit_of_row, dh)
 
     def decay(self, members: Sequence[int], factor: float):
-        for i in members:
-            self.inactive_rows[i] = self.inactive(i)
-        torch._foreach_mul_([self.inactive_rows[i] for i in members], factor)
+        self.shrink[members] *= factor
 
     def inactive(self, i: int) -> Tensor:
         """Rows of block i's W2 whose units never were on, in the order of `unit_of_row`."""
-        if self.inactive_rows[i] is not None:
-            return self.inactive_rows[i]
-        if self.active[i] == self.width:
-            return self.W2[i][self.width :]
-        return self.draw(i)[self.unit_of_row[i, self.active[i] :]]
+        return self.draw(i)[self.unit_of_row[i, self.active[i] :]] * self.shrink[i].item()
 
     def in_memory(self) -> list[Tensor]:
-        return [*self.W2, *(rows for rows in self.inactive_rows if rows is not None)]
+        return self.W2
 
     def trained(self, P: int) -> int:
         """Values that are trained for P predicted ones."""
         return self.width * P
 
     def state(self, i: int) -> dict[str, Tensor]:
-        """All rows of W2, in the order of `unit_of_row`."""
-        W2 = self.W2[i]
-        if self.active[i] < self.width:
-            W2 = torch.cat([W2, self.inactive(i)])
-        return {"W2": W2, "order": self.unit_of_row[i]}
+        """The rows of W2 that are kept, and the unit of each and of the others."""
+        return {"W2": self.W2[i], "order": self.unit_of_row[i], "shrink": self.shrink[i]}
 
-    def shapes(self, i: int) -> dict[str, tuple[int, ...]]:
-        return {"W2": (self.width, self.sizes[i]), "order": (self.width,)}
+    def shapes(self, i: int, active: int) -> dict[str, tuple[int, ...]]:
+        return {"W2": (active, self.sizes[i]), "order": (self.width,), "shrink": ()}
 
     def load(self, i: int, state: dict[str, Tensor], active: int):
         self.unit_of_row[i].copy_(state["order"])
+        self.shrink[i].copy_(state["shrink"])
         self.active[i] = active
-        self.W2[i].resize_(active, self.sizes[i]).copy_(state["W2"][:active])
-        self.inactive_rows[i] = None
-        rest = state["W2"][active:].to(self.W2[i])
-        if not torch.equal(rest, self.inactive(i)):
-            self.inactive_rows[i] = rest.clone()
+        self.W2[i].resize_(active, self.sizes[i]).copy_(state["W2"])
 
 
 class SharedRow:
@@ -191,7 +177,7 @@ class SharedRow:
     def state(self, i: int) -> dict[str, Tensor]:
         return {"W2": self.W2[i], "on": self.on[i], "shrink": self.shrink[i]}
 
-    def shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, i: int, active: int) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.state(i).items()}
 
     def load(self, i: int, state: dict[str, Tensor], active: int):

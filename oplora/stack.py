@@ -175,7 +175,7 @@ class MLPStack:
                 "OPAdamW saves it: load it into OPAdamW"
             )
         trunk = {key: tensor.shape for key, tensor in self.trunks[i].items()}
-        for key, shape in {**trunk, **self.rows.shapes(i)}.items():
+        for key, shape in {**trunk, **self.rows.shapes(i, active)}.items():
             if key not in state or state[key].shape != shape:
                 found = tuple(state[key].shape) if key in state else "missing"
                 raise ValueError(

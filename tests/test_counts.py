@@ -107,9 +107,10 @@ def test_the_report_agrees_with_the_optimizer(shared_trunk, weight_decay, cls, m
         r=4, target_modules=family.targets, use_dora=True, modules_to_save=["lm_head"]
     )
     model = get_peft_model(family.build(), config)
-    options = dict(mlp_width=32, shared_trunk=shared_trunk, weight_decay=weight_decay)
+    options = dict(mlp_width=32, shared_trunk=shared_trunk)
     report = oplora.parameter_report(model, moments=moments, optimizer_cls=cls, **options)
-    optimizer = oplora.create_oplora_optimizer(model, cls, lr=1e-3, **options)
+    adam = dict(lr=1e-3, weight_decay=weight_decay)
+    optimizer = oplora.create_oplora_optimizer(model, cls, **adam, **options)
     family.loss(model).backward()
     optimizer.step()
     assert report["adapter_parameters"] == optimizer.adapter_parameters

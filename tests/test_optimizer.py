@@ -157,8 +157,9 @@ def test_fp32_rank1_update_is_bit_identical_to_fused_adamw(weight_decay, monkeyp
     (stack,) = ours.stacks
 
     def by_unit(i):
-        state = stack.state(i)  # with the rows that are drawn again when they are needed
-        return torch.empty_like(state["W2"]).index_copy_(0, state["order"], state["W2"])
+        rows = stack.rows  # with those that are drawn again when they are needed
+        W2 = torch.cat([rows.W2[i], rows.inactive(i)])
+        return torch.empty_like(W2).index_copy_(0, rows.unit_of_row[i], W2)
 
     expected = [torch.nn.Parameter(by_unit(i)) for i in range(len(data))]
     fused = torch.optim.AdamW(expected, lr=0.1, weight_decay=weight_decay, fused=True)
@@ -173,11 +174,16 @@ def test_fp32_rank1_update_is_bit_identical_to_fused_adamw(weight_decay, monkeyp
         fused.step()
         ours.step()
         for i, want in enumerate(expected):
-            assert torch.equal(by_unit(i), want)
+            on = stack.rows.unit_of_row[i, : stack.rows.active[i]]
+            # weight decay of a row that never was on is one factor, not one product a step
+            exact = on if weight_decay else slice(None)
+            if not weight_decay or stack.rows.active[i] == first[i]:
+                assert torch.equal(by_unit(i)[exact], want[exact])
+            torch.testing.assert_close(by_unit(i), want, rtol=2e-6, atol=1e-7)
     assert stack.rows.active != first, "units were to become active on the way"
     assert max(stack.rows.active) < WIDTH, "and some never"
     assert [len(W2) for W2 in stack.rows.W2] == stack.rows.active, "only active rows take memory"
-    assert all((rest is None) == (weight_decay == 0) for rest in stack.rows.inactive_rows)
+    assert (stack.rows.shrink < 1).all() == (weight_decay > 0)
 
 
 def test_public_operations_equal_the_fused_kernel():

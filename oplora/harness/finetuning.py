@@ -160,7 +160,7 @@ def describe(cfg: DictConfig, auto_class: type) -> str:
             adapter.init_lora_weights = True  # others look at weights; the counts are the same
         with torch.device("meta"):
             model = add_adapter(model, adapter)
-    report = parameter_report(model, weight_decay=cfg.weight_decay, **options)
+    report = parameter_report(model, **options)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     steps = cfg.training.get("max_steps", -1)
     batch = cfg.training.per_device_train_batch_size * cfg.training.gradient_accumulation_steps
