@@ -42,6 +42,25 @@ def test_how_a_run_is_made_does_not_change_its_folder_but_what_does(tmp_path):
     assert runs.run_folder(config(tmp_path)) != runs.run_folder(config(tmp_path, lr=0.2))
 
 
+def test_a_run_from_before_the_code_moved_is_found_under_the_hash_of_its_time(tmp_path):
+    data = {"_target_": "oplora.data.items.load", "path": "lambda/captions", "split": None}
+    method = {"name": "lora", "title": "LoRA", "order": 1}
+    old = config(tmp_path, data=data, method={"name": "lora"})
+    with runs.open_run(old) as run:
+        (run.path / "checkpoint").write_text("half way")
+    run.path.rename(run.path.with_name("lora-0123abcd"))
+    moved = {"_target_": "oplora.studies.toy.items.load", "path": "lambda/captions"}
+    new = config(tmp_path, data=moved, method=method, title={"model": "toy"}, direct_lr=None)
+    with runs.open_run(new) as run:
+        assert run.path.name == "lora-0123abcd" and (run.path / "checkpoint").exists()
+        run.finish({"x": 1})
+    with runs.open_run(new) as run:
+        assert run.finished
+    assert len(runs.load_runs(tmp_path)[0]) == 1
+    other = config(tmp_path, data={**moved, "path": "another/set"}, method=method)
+    assert runs.run_folder(other).name != "lora-0123abcd"
+
+
 def test_another_config_in_the_same_folder_is_refused(tmp_path):
     folder = tmp_path / "here"
     with runs.open_run(config(tmp_path), folder) as run:
