@@ -1,5 +1,7 @@
 """The commonsense part of the report: choice of rates, intervals, paired differences."""
 
+import json
+
 import pandas
 import pytest
 from stored_runs import store_commonsense as store
@@ -103,3 +105,21 @@ def test_statistics_by_hand():
     assert half == pytest.approx(2.201 * 13**0.5 / 12**0.5)  # eleven degrees of freedom
     with pytest.raises(ValueError):
         mean_interval([])
+
+
+def test_generated_answers_have_no_likelihoods(tmp_path):
+    """As the paper's preset scores: what is missing stays missing, and ends no report."""
+    for method in ("lora", "oplora"):
+        for seed in range(2):
+            path = store(tmp_path / "runs", method, 1e-4, seed, 0.5, nll=0.7, preset="paper")
+            metrics = json.loads((path / "metrics.json").read_text())
+            del metrics["held_out_nll"]
+            (path / "metrics.json").write_text(json.dumps(metrics))
+            rows = map(json.loads, (path / "predictions.jsonl").read_text().splitlines())
+            kept = [{k: r[k] for k in ("id", "task", "answer", "correct")} for r in rows]
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            (path / "predictions.jsonl").write_text(text)
+    built = report.build(tmp_path / "runs")
+    built.write(tmp_path / "out")
+    table = pandas.read_csv(tmp_path / "out" / "tables" / "commonsense_paper_float32.csv")
+    assert table["average"].str.startswith("50.0").all() and table["held-out NLL"].isna().all()

@@ -214,3 +214,11 @@ def test_stored_features(tmp_path):
     assert torch.equal(grids("test/1"), torch.arange(12.0, 24).view(4, 3))
     with pytest.raises(FileNotFoundError, match="'test/2'"):
         grids("test/2")
+
+
+@pytest.mark.parametrize("side", [3, 7, 10])
+def test_the_maximum_of_neighbours_is_adaptive_pooling_bit_for_bit(side):
+    cells = torch.randn(side**2, 5)
+    maps = cells.T.unflatten(1, (side, side))
+    expected = F.adaptive_max_pool2d(maps, side - 1).flatten(1).T
+    assert torch.equal(pooled(cells, (side - 1) ** 2), expected)

@@ -45,6 +45,10 @@ def pooled(cells: Tensor, count: int) -> Tensor:
         raise ValueError(f"{len(cells)} cells are no square grid of at least {target}×{target}")
     if side == target:
         return cells
+    if side == target + 1:  # then a cell is the maximum of its neighbours, much faster so
+        grid = cells.float().view(side, side, -1)
+        grid = torch.maximum(grid[:-1], grid[1:])
+        return torch.maximum(grid[:, :-1], grid[:, 1:]).flatten(0, 1)
     maps = cells.float().T.unflatten(1, (side, side))
     return nn.functional.adaptive_max_pool2d(maps, target).flatten(1).T
 
