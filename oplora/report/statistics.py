@@ -14,8 +14,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     n = len(values)
     if n == 0:
         raise ValueError("no values to average")
-    if n == 1:
-        return float(values[0]), None
+    if n == 1 or not numpy.isfinite(values).all():  # a run that diverged is infinite
+        return float(values.mean()), None
     return float(values.mean()), t95(n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
 
 
