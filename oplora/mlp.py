@@ -156,7 +156,10 @@ class AdapterMLP(nn.Module):
         self.W1, self.b1 = nn.Parameter(W1), nn.Parameter(b1)
         self.W2, self.b2 = nn.Parameter(W2.T.contiguous()), nn.Parameter(b2)
 
+    def hidden(self) -> Tensor:
+        return torch.relu(self.W1 @ self.z + self.b1)
+
     def forward(self) -> list[Tensor]:
-        theta = self.W2 @ torch.relu(self.W1 @ self.z + self.b1) + self.b2
+        theta = self.W2 @ self.hidden() + self.b2
         values = theta.split([shape.numel() for shape in self.shapes])
         return [value.view(shape) for value, shape in zip(values, self.shapes, strict=True)]

@@ -114,7 +114,7 @@ def oplora_groups(
             "add_adapter), activate it (set_adapter) and do not freeze it; prompt-learning "
             "methods have no adapted layers"
         )
-    starts = [_starts(block, start, init) for block in blocks]
+    starts = [starts_of(block, start, init) for block in blocks]
     pairs = [list(zip(block.names, block.tensors, strict=True)) for block in blocks]
     if not shared_trunk:
         pairs = [[pair] for block in pairs for pair in block]
@@ -286,7 +286,7 @@ def _config(configs: dict[str, dict], path: str, adapter: str):
     return None
 
 
-def _starts(block: Block, start: str, init: str) -> list[str]:
+def starts_of(block: Block, start: str, init: str) -> list[str]:
     """A start for every tensor of the block (`oplora.mlp.initial_mlp`)."""
     if start not in ("auto", "paper", "keep", "still"):
         raise ValueError(f"start={start!r} is unknown: use 'auto', 'paper', 'keep' or 'still'")

@@ -20,6 +20,7 @@ LIBRARY = [
     "optimizer",
     "adamw",
     "peft",
+    "generators",
     "trainer",
 ]
 STUDIES = ("hydra", "omegaconf", "diffusers", "datasets", "pandas", "matplotlib", "torchmetrics")

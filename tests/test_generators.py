@@ -1,4 +1,4 @@
-"""Modules in the optimizer: equal to the module in the graph, and the rescaled OP-LoRA."""
+"""Generators in the optimizer: equal to the module in the graph, and how each of them starts."""
 
 import copy
 
@@ -8,10 +8,11 @@ from tiny_blocks import EVEN, losses
 from tiny_models import adapted, output, train
 
 import oplora
-from oplora.baselines.in_graph import (
+from oplora.generators import (
+    GENERATORS,
     GeneratorOptimizer,
     RescaledMLP,
-    create_rescaled_optimizer,
+    create_generator_optimizer,
 )
 from oplora.mlp import AdapterMLP, generator_for
 
@@ -27,7 +28,7 @@ def modules(data, cls):
             for i, block in enumerate(data)]  # fmt: skip
 
 
-@pytest.mark.parametrize("cls", [AdapterMLP, RescaledMLP])
+@pytest.mark.parametrize("cls", GENERATORS.values())
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.AdamW, torch.optim.SGD])
 def test_it_equals_the_module_in_the_graph(cls, optimizer_cls):
     data, options = pairs(), dict(lr=0.02, weight_decay=0.1)
@@ -71,7 +72,7 @@ def test_it_equals_the_closed_form():
 def test_the_rescaled_form_starts_at_the_base_model_and_learns():
     model = adapted()
     before = output(model)
-    optimizer = create_rescaled_optimizer(model, lr=1e-2, mlp_width=8)
+    optimizer = create_generator_optimizer(model, generator="rescaled", lr=1e-2, mlp_width=8)
     assert torch.equal(output(model), before)
     (_, module), *_ = optimizer.modules
     assert module.rescale == 0 and module.b2.any()
@@ -80,14 +81,15 @@ def test_the_rescaled_form_starts_at_the_base_model_and_learns():
     assert optimizer.mlp_parameters > 8 * sum(t.numel() for b, _ in optimizer.modules for t in b)
 
 
-def test_resume_is_bit_identical():
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_resume_is_bit_identical(generator):
     whole = adapted()
-    optimizer = create_rescaled_optimizer(whole, lr=1e-2, mlp_width=8)
+    optimizer = create_generator_optimizer(whole, generator=generator, lr=1e-2, mlp_width=8)
     train(whole, optimizer, 3)
     state, saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(whole.state_dict())
     train(whole, optimizer, 3)
     resumed = adapted()
-    other = create_rescaled_optimizer(resumed, lr=1e-2, mlp_width=8)
+    other = create_generator_optimizer(resumed, generator=generator, lr=1e-2, mlp_width=8)
     resumed.load_state_dict(saved)
     other.load_state_dict(state)
     train(resumed, other, 3)
@@ -95,8 +97,30 @@ def test_resume_is_bit_identical():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("generator", ["relu", "linear", "free", "scalar", "nola"])
+@pytest.mark.parametrize("options", [{}, dict(use_dora=True), dict(init_lora_weights="pissa")])
+def test_every_generator_starts_at_the_model_it_is_given(generator, options):
+    model = adapted(modules_to_save=["lm_head"], **options)
+    before = output(model)
+    optimizer = create_generator_optimizer(model, generator=generator, lr=1e-2, mlp_width=8)
+    assert (output(model) - before).abs().max() <= 2e-6
+    seen = train(model, optimizer, 12)
+    assert seen[-1] < seen[0] - 0.01
+    assert optimizer.mlp_parameters == sum(
+        p.numel() for _, module in optimizer.modules for p in module.parameters()
+    )
+
+
+def test_nola_trains_numbers_alone():
+    (module,) = (GENERATORS["nola"](block, 8) for block in pairs()[:1])
+    assert [tuple(p.shape) for p in module.parameters()] == [(8,), (8,)]
+    assert next(GENERATORS["scalar"](pairs()[0]).parameters()).shape == ()
+
+
 def test_wrong_use_is_named():
-    with pytest.raises(ValueError, match="no other adapters"):
-        create_rescaled_optimizer(adapted(use_dora=True), lr=1e-2)
+    with pytest.raises(ValueError, match=r"generator='tanh' is unknown: use relu, linear"):
+        create_generator_optimizer(adapted(), generator="tanh", lr=1e-2)
+    with pytest.raises(ValueError, match="got 3 tensors of which 1 are zero"):
+        create_generator_optimizer(adapted(use_dora=True), generator="rescaled", lr=1e-2)
     with pytest.raises(ValueError, match="of which 0 are zero"):
         RescaledMLP([torch.ones(2, 3), torch.ones(3, 2)])

@@ -1,21 +1,85 @@
-"""Any module that predicts an adapter, trained in the optimizer: slow, literal, for comparisons.
+"""What may stand between the learned parameters and an adapter, and an optimizer for any of them.
 
-`GeneratorOptimizer` computes a module's values and pulls gradients back through it by autograd,
-where `oplora.OPOptimizer` has closed forms for one kind of module. `RescaledMLP` is the one of the
-first commit of the paper's code.
+A generator is a module whose forward() returns values for the tensors of a block. `AdapterMLP` is
+the paper's; the others leave parts of it out, so that runs tell what each part does. They are
+trained by `GeneratorOptimizer` through autograd: slow, literal, for comparisons; `oplora.OPAdamW`
+is the fast form of the paper's.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from peft import PeftType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from oplora.mlp import AdapterMLP, generator_for
-from oplora.peft import adapter_blocks, decay_groups
+from oplora.mlp import AdapterMLP, generator_for, hidden
+from oplora.peft import adapter_blocks, decay_groups, starts_of
+
+
+class LinearMLP(AdapterMLP):
+    """The paper's MLP without its nonlinearity: h = W1 z + b1."""
+
+    def __init__(self, tensors: list[Tensor], width: int = 32, start="paper", **kw):
+        super().__init__(tensors, width, start, **kw)
+        starts = ["random"] * len(tensors) if isinstance(start, str) else start
+        kept = [torch.full((t.numel(),), s == "keep") for t, s in zip(tensors, starts, strict=True)]
+        with torch.no_grad():  # b2 makes up for the ReLU's h
+            self.b2 += torch.cat(kept) * (self.W2 @ (super().hidden() - self.hidden()))
+
+    def hidden(self) -> Tensor:
+        return self.W1 @ self.z + self.b1
+
+
+class FreeHidden(AdapterMLP):
+    """h itself is learned and there is no trunk: theta = W2 h + b2 (Arora et al., 2018).
+
+    h starts as the paper's MLP would have it.
+    """
+
+    def __init__(self, tensors: list[Tensor], width: int = 32, start="paper", **kw):
+        super().__init__(tensors, width, start, **kw)
+        self.h = nn.Parameter(hidden(self.z, self.W1, self.b1).detach())
+        del self.z, self.W1, self.b1
+
+    def hidden(self) -> Tensor:
+        return self.h
+
+
+class Scalar(nn.Module):
+    """One learned number s a block: theta = theta_0 + s S; S is learned from 0, s from 1."""
+
+    def __init__(self, tensors: list[Tensor], width: int = 1, **kw):
+        super().__init__()
+        self.first = [tensor.detach().clone() for tensor in tensors]
+        self.S = nn.ParameterList([torch.zeros_like(tensor) for tensor in self.first])
+        self.s = nn.Parameter(torch.ones((), dtype=self.first[0].dtype))
+
+    def forward(self) -> list[Tensor]:
+        return [first + self.s * S for first, S in zip(self.first, self.S, strict=True)]
+
+
+class NOLA(nn.Module):
+    """theta = theta_0 + Σ h_i U_i: U, rows of U(-1, 1), is drawn and frozen, h alone is learned.
+
+    A number h_i a row and tensor (NOLA, arXiv 2310.02556: α for A, β for B), all zero at first.
+    """
+
+    def __init__(self, tensors: list[Tensor], width: int = 32, *, generator=None, **kw):
+        super().__init__()
+        self.first = [tensor.detach().clone() for tensor in tensors]
+        self.h, self.shapes = nn.ParameterList(), [tensor.shape for tensor in tensors]
+        for i, tensor in enumerate(self.first):
+            U = torch.empty(width, tensor.numel(), dtype=tensor.dtype)
+            self.register_buffer(f"U{i}", U.uniform_(-1, 1, generator=generator))
+            self.h.append(nn.Parameter(torch.zeros(width, dtype=tensor.dtype)))
+
+    def forward(self) -> list[Tensor]:
+        return [
+            first + (h @ self.get_buffer(f"U{i}")).view(first.shape)
+            for i, (first, h) in enumerate(zip(self.first, self.h, strict=True))
+        ]
 
 
 class RescaledMLP(AdapterMLP):
@@ -41,6 +105,17 @@ class RescaledMLP(AdapterMLP):
     def forward(self) -> list[Tensor]:
         values = zip(super().forward(), self.scaled, strict=True)
         return [self.rescale * value if scaled else value for value, scaled in values]
+
+
+GENERATORS = {
+    "relu": AdapterMLP,
+    "linear": LinearMLP,
+    "free": FreeHidden,
+    "scalar": Scalar,
+    "nola": NOLA,
+    "rescaled": RescaledMLP,
+}
+_STARTED = ("relu", "linear", "free")  # as `oplora.create_oplora_optimizer` starts
 
 
 class GeneratorOptimizer(Optimizer):
@@ -120,31 +195,31 @@ class GeneratorOptimizer(Optimizer):
         self._write()
 
 
-def create_rescaled_optimizer(
+def create_generator_optimizer(
     model: nn.Module,
     optimizer_cls: type[Optimizer] = torch.optim.AdamW,
     *,
     lr: float,
+    generator: str = "relu",
     mlp_width: int = 32,
     seed: int = 0,
-    init: str = "author",
-    module: Callable[..., nn.Module] = RescaledMLP,
     **options: Any,
 ) -> GeneratorOptimizer:
-    """OP-LoRA as in commit b14accb of the paper's code, for LoRA models; others: ValueError."""
+    """An optimizer with one generator per adapted layer (`GENERATORS`), for any PEFT model.
+
+    What else is trained is trained directly. ValueError for an unknown generator, or where a
+    generator is not for the model's adapter.
+    """
+    if generator not in GENERATORS:
+        raise ValueError(f"generator={generator!r} is unknown: use {', '.join(GENERATORS)}")
     blocks, others = adapter_blocks(model)
-    if any(getattr(b.config, "peft_type", None) != PeftType.LORA or len(b.names) != 2
-           for b in blocks):  # fmt: skip
-        raise ValueError("the rescaled OP-LoRA predicts LoRA's A and B: it has no other adapters")
     modules = []
     for block in blocks:
-        mlp = module(
-            [t.detach().float().cpu() for t in block.tensors],
-            mlp_width,
-            init=init,
-            generator=generator_for(seed, block.names[0]),
-        )
-        modules.append((block.tensors, mlp.to(block.tensors[0].device)))
+        first = [t.detach().float().cpu() for t in block.tensors]
+        stream = generator_for(seed, block.names[0])
+        starts = {"start": starts_of(block, "auto", "author")} if generator in _STARTED else {}
+        module = GENERATORS[generator](first, mlp_width, generator=stream, **starts)
+        modules.append((block.tensors, module.to(block.tensors[0].device)))
     direct = decay_groups(model, others)
     for group in direct:
         group["params"] = [tensor for _, tensor in group["params"]]
