@@ -49,10 +49,11 @@ def main(cfg: DictConfig, run: Run) -> None:
         distance=instantiate(cfg.distance),
         side_metrics=instantiate(cfg.side_metrics),
     )
-    metrics = {}
+    metrics, dtype = {}, pipeline.unet.dtype
     if cfg.fine_tune:
         metrics = fine_tune(cfg, run, pipeline, encoded, images)
         merge(pipeline.unet)
+        pipeline.unet.to(dtype)  # full fine-tuning holds it in float32
     if cfg.measure:
         metrics |= measure(cfg, images, data["base_style"])
     finish(run, metrics)

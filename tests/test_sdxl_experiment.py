@@ -122,6 +122,14 @@ def test_a_sweep_member_measures_the_held_out_loss_only(setting, tmp_path):
     assert (path / "adapter" / "trained.safetensors").exists()
 
 
+@pytest.mark.parametrize("method", ["full", "opdora"])
+def test_half_precision_of_the_paper_trains_and_measures(setting, tmp_path, method):
+    half = "pipeline.dtype.path=torch.bfloat16"
+    options = ["training.bf16=true", "images.steps=[]", "training.num_train_epochs=1"]
+    _, metrics = run(setting, tmp_path, f"method={method}", half, *options)
+    assert metrics["steps"] == 6 and 0 <= metrics["images"]["cmmd"] <= 40
+
+
 def test_wrong_input_is_one_line(setting, tmp_path):
     wrong = ["images.measured=0"]
     done = run_here(command(setting, tmp_path / "runs", *wrong), environment(setting))

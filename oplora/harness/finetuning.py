@@ -166,7 +166,9 @@ def describe(cfg: DictConfig, auto_class: type) -> str:
     batch = cfg.training.per_device_train_batch_size * cfg.training.gradient_accumulation_steps
     if steps < 0:
         steps = -(-cfg.train_rows // batch) * cfg.training.num_train_epochs
-    gigabytes = (base * cfg.weight_bytes + 4 * trained + report["optimizer_state_bytes"]) / 1e9
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    # what is trained is held in float32, as its gradients are
+    gigabytes = (frozen * cfg.weight_bytes + 8 * trained + report["optimizer_state_bytes"]) / 1e9
     lines = [
         *(f"{name}: {source}" for name, source in cfg.sources.items()),
         f"method: {cfg.method.name}, rank {cfg.rank}, learning rate {cfg.lr:g}, seed {cfg.seed}",
