@@ -28,6 +28,8 @@ from oplora.studies.sdxl.generation import Evaluation, merge
 @fine_tuning("sdxl", UNet2DConditionModel)
 def main(cfg: DictConfig, run: Run) -> None:
     torch.set_float32_matmul_precision(cfg.matmul_precision)
+    # first, as they say at once which package is missing
+    distance, side_metrics = instantiate(cfg.distance), instantiate(cfg.side_metrics)
     sides = ("train", "validation", "reference", "base_style")
     data = {side: instantiate(cfg.dataset[side]) for side in sides}
     if share := cfg.get("hold_out"):
@@ -46,8 +48,8 @@ def main(cfg: DictConfig, run: Run) -> None:
         data["reference"],
         run.path,
         generate=OmegaConf.to_container(cfg.generate, resolve=True),
-        distance=instantiate(cfg.distance),
-        side_metrics=instantiate(cfg.side_metrics),
+        distance=distance,
+        side_metrics=side_metrics,
     )
     metrics, dtype = {}, pipeline.unet.dtype
     if cfg.fine_tune:

@@ -107,7 +107,7 @@ def side_metrics(
     if not metrics:
         return {}
     for metric in metrics.values():
-        metric.reset()
+        metric.to(_device()).reset()
     scores = [metric for metric in metrics.values() if isinstance(metric, CLIPScore)]
     distances = [metric for metric in metrics.values() if not isinstance(metric, CLIPScore)]
     with torch.random.fork_rng(), torch.no_grad():
