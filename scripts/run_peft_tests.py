@@ -6,8 +6,8 @@ Downloads the source archive of the installed PEFT through pip and runs the case
 tests/test_custom_models.py whose config is a LoraConfig, twice. Fails if a case fails with OP
 that passes with the stock optimizers. Every tensor has an MLP of its own (width 32, start
 "keep"). The suite minimises losses without a minimum at rates up to 100, and an MLP multiplies
-every step; so on the OP side, and there only, rates above 0.1 become 0.1 and the MLPs' gradient
-is clipped at norm 10 (clip="mlp"). Frozen parameters in the list are left out.
+every step; so on the OP side, and there only, rates above 1 become 1 and the MLPs' gradient
+is clipped at norm 100 (clip="mlp"). Frozen parameters in the list are left out.
 
 The same file is the pytest plugin that does the replacing.
 """
@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
-MAX_RATE, MAX_NORM = 0.1, 10.0
+MAX_RATE, MAX_NORM = 1.0, 100.0
 
 
 def main() -> int:
