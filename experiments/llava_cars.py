@@ -2,12 +2,11 @@
 
 import time
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from peft import PeftModel
 
-from oplora.harness.finetuning import fine_tuning, finish, train
+from oplora.harness.finetuning import device, fine_tuning, finish, train
 from oplora.harness.methods import apply_method
 from oplora.harness.runs import Run
 from oplora.studies.llava_cars.metrics import evaluate, guesses
@@ -29,7 +28,7 @@ def main(cfg: DictConfig, run: Run) -> None:
     labels = {side: each.labels for side, each in pictures.items()}
     classes = pictures["train"].classes
     tokenizer = instantiate(cfg.tokenizer)
-    model = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = instantiate(cfg.model).to(device())
     collator = NamingCollator(
         tokenizer, cfg.prompt, cfg.image_token, model.config.image_seq_length, cfg.cutoff
     )

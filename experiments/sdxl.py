@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from oplora.harness.assets import cache_folder
-from oplora.harness.finetuning import fine_tuning, finish, train
+from oplora.harness.finetuning import device, fine_tuning, finish, train
 from oplora.harness.methods import apply_method
 from oplora.harness.runs import Run
 from oplora.studies.sdxl.diffusion import (
@@ -35,7 +35,7 @@ def main(cfg: DictConfig, run: Run) -> None:
     if share := cfg.get("hold_out"):
         parts = data["train"].train_test_split(share, seed=0)
         data |= dict(train=parts["train"], reference=parts["train"], validation=parts["test"])
-    pipeline = instantiate(cfg.pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = instantiate(cfg.pipeline).to(device())
     pipeline.unet.set_attn_processor(instantiate(cfg.attention))
     encoded = {
         side: encode(data[side], pipeline, cache_folder() / "sdxl-inputs", **cfg.encoding)

@@ -1,12 +1,15 @@
 """Sweeps: a failed member ends nothing and is listed, cut ones go on, every grid composes."""
 
+import inspect
 import itertools
 import os
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import cloudpickle
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -106,6 +109,13 @@ def echo(tmp_path_factory):
     path.write_text(ECHO)
     path.chmod(0o755)
     return path
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "experiments").glob("*.py")), ids=str)
+def test_every_experiment_can_be_sent_to_another_process(script):
+    """joblib's pickle takes torch.classes along where main names both torch and classes."""
+    main = runpy.run_path(str(script), run_name="experiment")["main"]
+    cloudpickle.dumps(inspect.unwrap(main))
 
 
 def multiruns(echo, script, *arguments):

@@ -104,6 +104,11 @@ def train(
     }
 
 
+def device() -> str:
+    """Where models run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _check_finite(history: list[dict]) -> None:
     for entry in history:
         for name in ("loss", "eval_loss"):
