@@ -52,12 +52,13 @@ class Scalar(nn.Module):
 
     def __init__(self, tensors: list[Tensor], width: int = 1, **kw):
         super().__init__()
-        self.first = [tensor.detach().clone() for tensor in tensors]
-        self.S = nn.ParameterList([torch.zeros_like(tensor) for tensor in self.first])
-        self.s = nn.Parameter(torch.ones((), dtype=self.first[0].dtype))
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(f"first{i}", tensor.detach().clone())
+        self.S = nn.ParameterList([torch.zeros_like(tensor) for tensor in tensors])
+        self.s = nn.Parameter(torch.ones((), dtype=tensors[0].dtype))
 
     def forward(self) -> list[Tensor]:
-        return [first + self.s * S for first, S in zip(self.first, self.S, strict=True)]
+        return [self.get_buffer(f"first{i}") + self.s * S for i, S in enumerate(self.S)]
 
 
 class NOLA(nn.Module):
@@ -68,17 +69,18 @@ class NOLA(nn.Module):
 
     def __init__(self, tensors: list[Tensor], width: int = 32, *, generator=None, **kw):
         super().__init__()
-        self.first = [tensor.detach().clone() for tensor in tensors]
-        self.h, self.shapes = nn.ParameterList(), [tensor.shape for tensor in tensors]
-        for i, tensor in enumerate(self.first):
+        self.h = nn.ParameterList()
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(f"first{i}", tensor.detach().clone())
             U = torch.empty(width, tensor.numel(), dtype=tensor.dtype)
             self.register_buffer(f"U{i}", U.uniform_(-1, 1, generator=generator))
             self.h.append(nn.Parameter(torch.zeros(width, dtype=tensor.dtype)))
 
     def forward(self) -> list[Tensor]:
         return [
-            first + (h @ self.get_buffer(f"U{i}")).view(first.shape)
-            for i, (first, h) in enumerate(zip(self.first, self.h, strict=True))
+            (first := self.get_buffer(f"first{i}"))
+            + (h @ self.get_buffer(f"U{i}")).view(first.shape)
+            for i, h in enumerate(self.h)
         ]
 
 

