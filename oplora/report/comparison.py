@@ -144,10 +144,14 @@ class Comparison:
         """
         unknown = [method for method in methods if method not in self.chosen]
         if unknown:
-            return rates_command(self.experiment, self.preset, unknown)
+            return self.rates_command(*unknown)
         at = " ".join(f"{method}={self.chosen[method]:g}" for method in methods)
         text = f"scripts/sweep_{sweep}.sh {self.experiment} {at}{_scale(self.preset)}"
         return f"{text} {self.override}" if self.override else text
+
+    def rates_command(self, *methods: str) -> str:
+        """The sweep of these methods' learning rates."""
+        return rates_command(self.experiment, self.preset, methods)
 
     def runs_of(self, *methods: str) -> list[Record]:
         """Every run of these methods: of the sweep, of other ranks and widths, diverged ones."""

@@ -7,7 +7,7 @@ stands at its own best learning rate.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oplora.report.comparison import Comparison, good_rates, rates_command
+from oplora.report.comparison import Comparison, good_rates
 from oplora.report.statistics import at_shared_steps, mean_interval
 from oplora.report.tables import shipped
 from oplora.report.titles import title
@@ -117,7 +117,7 @@ def less_sensitive(c: Comparison, method: str, base: str) -> Finding:
     verdict = HOLDS if ratio > step else FAILS if ratio < 1 / step else UNTESTABLE
     if narrower.open:
         evidence += "; the narrower range reaches the edge of its grid"
-        wider = f"{rates_command(c.experiment, c.preset, (base, method))} lr=… (wider)"
+        wider = f"{c.rates_command(base, method)} lr=… (wider)"
         return Finding(NOT_RUN, evidence, figure, wider)
     if verdict == UNTESTABLE:
         evidence += "; they differ by no more than a step of the grid"
