@@ -7,7 +7,7 @@ from functools import partial
 import numpy
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from oplora.harness.entry import experiment
@@ -29,9 +29,9 @@ FACTORIES = (  # of the optimizers that the batch can follow
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.runtime.threads)
     torch.set_flush_denormal(True)
+    check(cfg)
     config = OmegaConf.to_container(cfg, resolve=True)
     rates, seeds = config["rates"], config["seeds"]
-    check(cfg, rates, seeds)
     with open_run(config) as run:
         if run.finished:
             print(f"{run.path} is finished already")
@@ -91,7 +91,7 @@ def main(cfg: DictConfig) -> None:
         print(f"{run.path}: {seconds} s")
 
 
-def check(cfg: DictConfig, rates: list, seeds: list) -> None:
+def check(cfg: DictConfig) -> None:
     """ValueError, before anything is loaded, for what this experiment cannot run."""
     if (factory := cfg.method.create_optimizer.create.path) not in FACTORIES:
         raise ValueError(
@@ -100,14 +100,12 @@ def check(cfg: DictConfig, rates: list, seeds: list) -> None:
         )
     if cfg.optimizer._target_ != "torch.optim.AdamW":
         raise ValueError(f"{cfg.optimizer._target_} has no batched form: use optimizer=adamw")
-    if not (isinstance(rates, list) and rates and all(_positive(rate) for rate in rates)):
-        raise ValueError(f"rates={rates} must be a list of positive numbers, as in [1e-3,1e-2]")
-    if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
-        raise ValueError(f"seeds={seeds} must be a list of whole numbers, as in [0,1]")
-
-
-def _positive(rate) -> bool:
-    return isinstance(rate, int | float) and 0 < rate < float("inf")
+    for name, kinds in (("rates", int | float), ("seeds", int)):
+        values = cfg[name]
+        if not isinstance(values, ListConfig) or not all(
+            isinstance(value, kinds) and value >= 0 for value in values
+        ):
+            raise ValueError(f"{name}={values} must be a list of numbers from 0, as in [0,1]")
 
 
 def starts(cfg: DictConfig, network: nn.Module, seed: int) -> tuple[Member, Member]:

@@ -7,6 +7,7 @@ import yaml
 from PIL import Image
 
 RATES = [0.01, 0.1, 1.0, 10.0, 100.0]
+MNIST_RATES = [0.001, 0.01, 0.1, 1.0, 10.0, 100.0]
 SVD = 0.06
 USUAL = {"default": 32, "opdora": 4}
 MAIN = "average_without_captions"
@@ -46,6 +47,42 @@ def store_mf(folder, method, finals, optimizer="sgd", **environment):
     )
     curves = {name: mse for name in ("mse", "gradient_norm", "gradient_cosine", "effective_rank")}
     numpy.savez(path / "curves.npz", **curves, step_multiplier=mse + 1, hidden_l1=mse)
+    return write(path, config, metrics, environment)
+
+
+def store_mnist(folder, method, losses, projection=0.1, conditions=None, **environment):
+    """A batched run with one loss per rate (None: diverged) at three seeds, which differ by 0.1."""
+    path = folder / f"{method}-mnist"
+    path.mkdir(parents=True)
+    config = {
+        "experiment": "rotated_mnist", "preset": "small", "method": {"name": method}, "rank": 4,
+        "mlp_width": 32, "pretraining": {"hidden": 512}, "rates": MNIST_RATES, "seeds": [0, 1, 2],
+    }  # fmt: skip
+    shifts = (0.0, 0.1, -0.1)
+    final = [[None if f is None else f + shift for shift in shifts] for f in losses]
+    best = min((f, rate) for f, rate in zip(losses, MNIST_RATES) if f is not None)[1]
+    metrics = {
+        "final_loss": final,
+        "test_accuracy": [[None if f is None else 1 - f / 8 for f in row] for row in final],
+        "diverged": [[f is None for f in row] for row in final],
+        "base_loss": 8.0, "best_rate": best, "low_rate": MNIST_RATES[1], "direct_best_rate": best,
+        "adapter_parameters": 10, "trained_parameters": 10 if method == "lora" else 320,
+        "train_images": 9000, "test_images": 1000, "train_seconds": 30.0,
+        "peak_memory_bytes": 10**9,
+    }  # fmt: skip
+    if conditions:
+        metrics["condition_numbers"] = conditions
+    ends = projection + numpy.array(shifts)[:, None] / 100
+    arrays = {
+        name: numpy.stack([ends * numpy.ones(4)] * 2)
+        for name in ("projection", "gradient_norm", "top_eigenvalue")
+    }
+    line = numpy.linspace(-1, 1, 4)
+    for which in ("best", "low"):
+        arrays |= {f"{which}_x": line, f"{which}_y": line, f"{which}_explained": numpy.array(0.9)}
+        arrays[f"{which}_loss"] = 1 + line[:, None] ** 2 + line**2
+        arrays[f"{which}_paths"] = numpy.zeros((2, 3, 2))
+    numpy.savez(path / "curves.npz", curvature_steps=numpy.arange(4), **arrays)
     return write(path, config, metrics, environment)
 
 

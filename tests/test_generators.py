@@ -111,6 +111,12 @@ def test_every_generator_starts_at_the_model_it_is_given(generator, options):
     )
 
 
+@pytest.mark.parametrize("cls", GENERATORS.values())
+def test_a_generator_moves_with_all_that_it_needs(cls):
+    module = modules(pairs(), cls)[0].float()
+    assert {value.dtype for value in module()} == {torch.float32}
+
+
 def test_nola_trains_numbers_alone():
     (module,) = (GENERATORS["nola"](block, 8) for block in pairs()[:1])
     assert [tuple(p.shape) for p in module.parameters()] == [(8,), (8,)]

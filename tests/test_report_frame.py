@@ -20,7 +20,9 @@ from oplora.report.page import Table
 from oplora.report.rules import HOLDS, NOT_RUN
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"matrix_factorization", "sdxl", "vl_bart", "llava_cars", "commonsense"}
+ROOMS = {
+    "matrix_factorization", "rotated_mnist", "sdxl", "vl_bart", "llava_cars", "commonsense"
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -10,6 +10,10 @@ IN_GRAPH = {  # the benchmark's own forms of OP-LoRA, with the MLPs as modules o
     "oplora_in_graph_fused": "OP-LoRA in the graph, fused AdamW",
     "oplora_in_graph_foreach": "OP-LoRA in the graph, foreach AdamW",
 }
+BATCHED = {
+    "matrix_factorization.json": "Matrix factorization",
+    "rotated_mnist.json": "Rotated MNIST",
+}
 STEP_AIMS = {8: 1.05, 32: 1.15}  # OP-LoRA's step over LoRA's on SmolLM2, by rank
 
 
@@ -37,11 +41,12 @@ def section(folder: Path) -> Section | None:
             f"({step['mlp_parameters']:,} MLP parameters) on a machine without a GPU: "
             f"{step['peak_memory_gib']:.1f} GiB at most."
         )
-    if study := _read(folder / "matrix_factorization.json"):
-        parts.append(
-            f"Matrix factorization trains all {study['members']} runs of a method in one batch, "
-            f"{study['study_ratio']:.1f} times as fast as one after the other."
-        )
+    for file, what in BATCHED.items():
+        if study := _read(folder / file):
+            parts.append(
+                f"{what} trains all {study['members']} runs of a method in one batch, "
+                f"{study['study_ratio']:.1f} times as fast as one after the other."
+            )
     return Section("Speed and memory", parts)
 
 

@@ -98,9 +98,9 @@ def write_runs(
     runs_table(root, records).to_csv(folder / "runs.csv", index=False)
     for table in tables:
         behind = [
-            {"row": number, "run": run_id(root, r)}
+            {"row": number, "run": run}
             for number, row in enumerate(table.rows)
-            for r in row.runs
+            for run in dict.fromkeys(run_id(root, r) for r in row.runs)  # members share theirs
         ]
         if behind:
             pandas.DataFrame(behind).to_csv(folder / f"{table.name}.runs.csv", index=False)

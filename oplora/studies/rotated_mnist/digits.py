@@ -25,7 +25,7 @@ def packaged(test: int, folder: Path | None = None) -> Sides:
     for label in range(10):
         file = folder / "package" / "src" / "digits" / f"{label}.json"
         values = json.loads(file.read_text(encoding="utf-8"))["data"]
-        images.append(torch.tensor(values).view(-1, SIDE * SIDE))
+        images.append(torch.tensor(values, dtype=torch.float32).view(-1, SIDE * SIDE))
         labels += [label] * len(images[-1])
     if not 0 < test < len(labels):
         raise ValueError(

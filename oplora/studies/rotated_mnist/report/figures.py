@@ -8,7 +8,7 @@ from oplora.report.page import ReportFigure
 from oplora.report.titles import method, title
 from oplora.studies.rotated_mnist.report.members import Batch, curves
 
-PATHS = (("tab:blue", "o"), ("tab:orange", "s"))
+PATHS = (("tab:orange", "o"), ("tab:blue", "s"))  # OP-LoRA's and LoRA's, as in the other figures
 
 
 def over_rates(batch: Batch) -> ReportFigure:
@@ -25,6 +25,8 @@ def over_rates(batch: Batch) -> ReportFigure:
         )
         shade(axis, line, values.min(1), values.max(1))
     axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="final training loss")
+    axis.set_yticks([0.6, 0.8, 1, 2, 4, 8], ["0.6", "0.8", "1", "2", "4", "8"])
+    axis.minorticks_off()
     axis.legend(frameon=False, fontsize=8)
     caption = (
         f"Figure 2a. Final loss on all training digits by learning rate; {c.scope} (mean and range "
@@ -61,8 +63,8 @@ def surfaces(batch: Batch) -> list[ReportFigure]:
     c = batch.comparison
     caption = (
         f"Figures 2b and 2c. Trajectories of one seed on the loss surface, in the plane through "
-        f"the frozen network that holds most of both (PCA of the change of the weights); {c.scope}. "
-        "Left: each at its best rate; right: both a hundred times below OP-LoRA's."
+        f"the frozen network that holds most of both (PCA of the change of the weights); "
+        f"{c.scope}. Left: each at its best rate; right: both a hundred times below OP-LoRA's."
     )
     return [ReportFigure(f"{c.name}_surface", caption, figure)]
 

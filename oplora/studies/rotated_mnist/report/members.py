@@ -30,7 +30,8 @@ class Batched(Comparison):
     def command(self, *methods: str, sweep: str = "seeds") -> str:
         return command(self.preset, *methods)
 
-    rates_command = command
+    def rates_command(self, *methods: str) -> str:
+        return f"{self.command(*methods)} rates=[…]"
 
 
 @dataclass(frozen=True)
