@@ -209,7 +209,7 @@ def adapt(
         alive &= found < limit
         losses.append(torch.where(alive, found, torch.nan))
         for stack, g in zip(stacks, gs, strict=True):
-            stack.pull_back(torch.where(alive.unsqueeze(-1), g, 0))
+            stack.pull_back(g)
         update.step()
         for stack in stacks:
             stack.predict()
