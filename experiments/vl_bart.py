@@ -7,7 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
-from oplora.harness.finetuning import fine_tuning, finish, train
+from oplora.harness.finetuning import fine_tuning, finish, first_batches, train
 from oplora.harness.methods import apply_method
 from oplora.harness.runs import Run
 from oplora.studies.vl_bart.batches import MultitaskBatches, VLCollator, check_images
@@ -32,7 +32,9 @@ def main(cfg: DictConfig, run: Run) -> None:
     check_images((i for side in sides.values() for each in side.values() for i in each), grids)
     collator = VLCollator(tokenizer, grids, cfg.tasks)
     model = instantiate(cfg.model)
-    adapted, create_optimizer = apply_method(model, cfg.method, direct_lr=cfg.direct_lr)
+    rows = MultitaskBatches(sides["train"], cfg.batch_sizes, cfg.seed)
+    batches = first_batches(rows, collator, cfg.training)
+    adapted, create_optimizer = apply_method(model, cfg.method, batches, direct_lr=cfg.direct_lr)
     evaluate = partial(instantiate(cfg.evaluate), model, tokenizer, collator.inputs)
     equal = dict.fromkeys(cfg.tasks, cfg.evaluate.batch_size)  # Trainer averages over batches
     epochs = EpochScores(
@@ -43,7 +45,7 @@ def main(cfg: DictConfig, run: Run) -> None:
         create_optimizer,
         cfg.training,
         run,
-        train_dataset=MultitaskBatches(sides["train"], cfg.batch_sizes, cfg.seed),
+        train_dataset=rows,
         eval_dataset=MultitaskBatches(sides["validation"], equal, None),
         data_collator=collator,
         callbacks=[epochs],

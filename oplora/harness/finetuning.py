@@ -4,7 +4,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from oplora.baselines.products import save_plain_lora
 from oplora.harness.entry import experiment
 from oplora.harness.methods import OptimizerFactory, add_adapter
 from oplora.harness.runs import Run, open_run, peak_memory_bytes
@@ -39,8 +40,6 @@ def fine_tuning(
         @experiment(name)
         @functools.wraps(main)
         def job(cfg: DictConfig) -> None:
-            if why := cfg.method.get("library_only"):
-                raise ValueError(f"method={cfg.method.name} {why}")
             if prepare is not None:
                 prepare(cfg)
             if cfg.dry_run:
@@ -74,6 +73,8 @@ def train(
     """
     folder = run.path / CHECKPOINTS
     arguments: TrainingArguments = instantiate(training, output_dir=str(folder), _convert_="all")
+    callbacks = [*trainer_options.pop("callbacks", []), *create_optimizer.callbacks]
+    trainer_options["callbacks"] = callbacks
     trainer = OPTrainer(model, arguments, optimizer_factory=create_optimizer, **trainer_options)
     start, checkpoint = time.perf_counter(), whole_checkpoint(folder)
     try:
@@ -87,6 +88,8 @@ def train(
     optimizer = trainer.optimizer.optimizer  # inside accelerate's
     if isinstance(model, PeftModel):
         model.save_pretrained(run.path / "adapter")
+        if factors := create_optimizer.factors(model):
+            save_plain_lora(model, run.path / "adapter", factors)
     history = trainer.state.log_history
     directly = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapter = parameter_report(model)["adapter_parameters"]
@@ -102,6 +105,18 @@ def train(
         "peak_memory_bytes": peak_memory_bytes(),
         **({"resumed": Path(checkpoint).name} if checkpoint else {}),  # seconds: since then
     }
+
+
+def first_batches(rows: Sequence, collator: Callable, training: DictConfig) -> Iterator[dict]:
+    """Batches of the training's size for methods that initialise from data, in a fixed order.
+
+    They are read only where a method asks for them; the seed of the training draws the order.
+    """
+    stream = torch.Generator().manual_seed(training.seed)
+    order = torch.randperm(len(rows), generator=stream).tolist()
+    size = training.per_device_train_batch_size
+    for start in range(0, len(order), size):
+        yield collator([rows[n] for n in order[start : start + size]])
 
 
 def device() -> str:
@@ -134,7 +149,7 @@ def whole_checkpoint(folder: Path) -> str | None:
 
 
 def mlp_of(method: DictConfig) -> str:
-    """What the method's file says (full, lite or none); full where method/create_optimizer=op.
+    """What the method's file says, or full where method/create_optimizer=op.
 
     There the file is the plain adapter's; a control without MLPs knows their width, too.
     """
@@ -154,7 +169,9 @@ def describe(cfg: DictConfig, auto_class: type) -> str:
     adapter = instantiate(cfg.method.adapter, _convert_="all")
     create = cfg.method.create_optimizer
     keys = ("mlp_width", "z_dim", "shared_trunk")
-    options = {} if mlp_of(cfg.method) == "none" else {k: create[k] for k in keys if k in create}
+    plain = mlp_of(cfg.method) in ("none", "other")
+    uncounted = "of another form, not counted" if mlp_of(cfg.method) == "other" else ""
+    options = {} if plain else {k: create[k] for k in keys if k in create}
     options["lite"] = mlp_of(cfg.method) == "lite"
     if "optimizer" in create:
         options["optimizer_cls"] = get_class(create.optimizer._target_)
@@ -179,7 +196,7 @@ def describe(cfg: DictConfig, auto_class: type) -> str:
         f"method: {cfg.method.name}, rank {cfg.rank}, learning rate {cfg.lr:g}, seed {cfg.seed}",
         f"base parameters: {base:,}",
         f"adapter parameters: {report['adapter_parameters']:,}",
-        f"MLP parameters: {report['mlp_parameters']:,}",
+        f"MLP parameters: {uncounted or format(report['mlp_parameters'], ',')}",
         f"optimizer steps: {steps:,} of {batch} rows on one device ({cfg.train_rows:,} rows)",
         f"memory: about {gigabytes:.1f} GB for weights, gradients and optimizer, plus activations",
     ]

@@ -28,7 +28,7 @@ class Method:
     name: str
     title: str
     role: str = "method"
-    mlp: str = "none"  # or full, lite: what predicts the adapter in training
+    mlp: str = "none"  # or full, lite, other: what predicts the adapter in training
     grid: str = "plain"  # of configs/grids.yaml
     order: float = inf  # among the methods of its role; those without one follow, by name
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
+from oplora.baselines.products import Factors, plain_lora
+
 
 def encode(
     images: Dataset,
@@ -186,11 +188,17 @@ class Snapshots(TrainerCallback):
                 each.train()
 
 
-def export(unet: UNet2DConditionModel, folder: Path, initial: dict[str, Tensor]) -> None:
+def export(
+    unet: UNet2DConditionModel,
+    folder: Path,
+    initial: dict[str, Tensor],
+    factors: Factors | None = None,
+) -> None:
     """Save what was trained: LoRA and DoRA as stock diffusers loads them, others as tensors.
 
     initial: `adapter_state(unet)` before training. Where a start took A and B out of the base
     weights (PiSSA, OLoRA) the exported difference is B·A − B0·A0, an adapter of twice the rank.
+    factors: what is saved in place of the present adapter.
     """
     state, config = adapter_state(unet), getattr(unet, "peft_config", {}).get("default")
     if not isinstance(config, LoraConfig):
@@ -198,6 +206,9 @@ def export(unet: UNet2DConditionModel, folder: Path, initial: dict[str, Tensor])
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / "trained.safetensors")
         return
+    if factors is not None:
+        state, config = plain_lora(config, factors)
+        initial = {}
     metadata = config.to_dict()
     if isinstance(config.target_modules, set):  # sorted, the same run writes the same bytes
         metadata["target_modules"] = sorted(config.target_modules)
