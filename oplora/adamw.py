@@ -162,6 +162,9 @@ class OPAdamW(OPOptimizer):
             moments.even = len({float(step) for step in moments.steps}) == 1
 
     def load_state_dict(self, state_dict: dict[str, Any]):
+        number = state_dict["param_groups"][0].get("restarts", 0)
+        if number != self.param_groups[0].get("restarts", 0):
+            self.restart(number)
         for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for key in ("seed", *INITIAL):  # not all rows of W2 are saved
                 if key in saved and saved[key] != mine[key] and key != "z_dim":

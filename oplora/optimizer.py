@@ -258,6 +258,7 @@ class OPOptimizer(Optimizer):
                 width=group["mlp_width"],
                 dtype=dtype,
                 seed=group["seed"],
+                restarts=group.get("restarts", 0),
                 rows=self.rows,
                 already_written=already_written,
                 **{key: group[key] for key in INITIAL},
@@ -293,12 +294,29 @@ class OPOptimizer(Optimizer):
                 "the adapter's tensors were moved to another device or replaced between two "
                 "steps: move and wrap the model before training and before load_state_dict"
             )
+        self._built = [(list(group["params"]), *rest) for group, (_, *rest) in groups]
+        self._build_all(already_written=True)
+
+    def _build_all(self, already_written: bool):
         self.parts.clear()
         self.stacks.clear()
         self.inner.param_groups.clear()
-        self._built = [(list(group["params"]), *rest) for group, (_, *rest) in groups]
-        for index in range(len(groups)):
-            self._build(index, already_written=True)
+        for index in range(len(self.param_groups)):
+            self._build(index, already_written)
+
+    @torch.no_grad()
+    def restart(self, number: int):
+        """New MLPs without moments for what the tensors hold now, as at the start (chains of LoRA).
+
+        number: of the restart; with the seed it fixes the new MLPs, and is part of the state.
+        """
+        for group in self.param_groups:
+            group["restarts"] = number
+        direct = {p for g in self.param_groups if not g["mlp_width"] for p in g["params"]}
+        for tensor in list(self.inner.state):
+            if tensor not in direct:
+                del self.inner.state[tensor]
+        self._build_all(already_written=False)
 
     # State
 

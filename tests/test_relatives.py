@@ -1,5 +1,6 @@
 """Other systems around LoRA: literal references, resume, and what they export."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ from tiny_models import FAMILIES
 from torch import nn
 
 import oplora.harness.finetuning as finetuning
+from oplora.baselines import MergeAndRestart, create_lora_pro_optimizer, merge_and_restart
+from oplora.baselines.products import factors_of, joined
 from oplora.baselines.scaled import create_op_scaled_optimizer
 from oplora.generators import create_generator_optimizer
 from oplora.harness.methods import apply_method
@@ -22,18 +25,8 @@ from oplora.trainer import OPTrainer
 
 FAMILY = FAMILIES["decoder"]
 STEPS, SAVED, CUT = 10, 4, 6  # of a training: all, between checkpoints, where it is cut
-NEW = [
-    "oplora_scalar",
-    "oplora_rescaled",
-    "deeplora",
-    "hyperloader",
-    "reslora",
-    "lora_large",
-    "lora_ga",
-    "eva",
-    "op_scaled",
-    "nola",
-]
+NEW = ["oplora_scalar", "oplora_rescaled", "deeplora", "hyperloader", "reslora", "lora_large",
+       "lora_ga", "eva", "op_scaled", "nola", "cola", "opcola", "relora", "xgblora"]  # fmt: skip
 
 
 # Literal references, in float64
@@ -199,6 +192,78 @@ def test_rank_control_trains_as_many_values():
         sizes.append(getattr(optimizer, "mlp_parameters", trained))
         assert model.peft_config["default"].lora_alpha == 2 * model.peft_config["default"].r
     assert sizes[1] - sizes[0] == layers * (128 + 8 * 128 + 8)  # z, W1, b1
+
+
+@pytest.mark.parametrize("moments", ["keep", "prune", "reset"])
+def test_a_chain_is_training_folding_and_starting_afresh(moments):
+    model, x, y = tiny()
+    pairs, _ = factors(model)
+    trained = [p for pair in pairs for p in pair]
+    optimizer = torch.optim.AdamW(trained, lr=0.02)
+    links, first = [], [W.clone() for W in factors(model)[1]]
+    for number in (1, 2):
+        for _ in range(4):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        before, moment = (
+            model(x).detach(),
+            {p: optimizer.state[p]["exp_avg"].clone() for p in trained},
+        )
+        links.append(merge_and_restart(model, optimizer, number, moments=moments))
+        torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+        for A, B in pairs:
+            assert A.any() and not B.any()
+            assert not any(torch.equal(A, old) for link in links for old, _ in link.values())
+        for p in trained:
+            if moments == "reset":
+                assert not optimizer.state[p]
+                continue
+            now = optimizer.state[p]["exp_avg"]
+            largest = moment[p].abs() == moment[p].abs().max()
+            expected = moment[p] if moments == "keep" else moment[p] * largest
+            assert torch.equal(now, expected)
+    chain = joined(*links, factors_of(model)).values()
+    expected = loss_of([W + B @ A for W, (A, B) in zip(first, chain)], x, y)
+    torch.testing.assert_close((model(x) - y).square().mean(), expected, rtol=0, atol=1e-12)
+    assert {len(A) for A, _ in chain} == {9}
+
+
+def test_a_link_trains_a_share_of_the_layers():
+    model, _, _ = tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    chosen = []
+    for number in range(1, 9):
+        merge_and_restart(model, optimizer, number, layers=0.5)
+        chosen.append(tuple(A.requires_grad for A, _ in factors(model)[0]))
+        assert sum(chosen[-1]) == 1
+    assert len(set(chosen)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [(dict(links=0), "links=0"), (dict(links=2, moments="all"), "moments=")]
+)
+def test_wrong_chains_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        MergeAndRestart(**options)
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_lora_pro_agrees_with_another_implementation(steps):
+    """Where `lora-pro-adamw` is installed; it keeps second moments in bf16 after the first step."""
+    other = pytest.importorskip("lora_pro.adamw")
+    model, x, y = tiny()
+    twin = copy.deepcopy(model)
+    options = dict(lr=1e-2, weight_decay=0.0)
+    ours = create_lora_pro_optimizer(model, **options)
+    theirs = other.LoRAProAdamW(twin, lorapro_mode="full", **options)
+    for _ in range(steps):
+        for each, optimizer in ((model, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            (each(x) - y).square().mean().backward()
+            optimizer.step()
+    for pair, expected in zip(factors(model)[0], factors(twin)[0]):
+        torch.testing.assert_close(pair, expected, rtol=0, atol=1e-6 if steps == 1 else 1e-3)
 
 
 # Every new method as the experiments train it
