@@ -11,11 +11,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_export import PEFT_USER, in_another_process
 from test_methods import method
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, adapted
 from torch import nn
 
 import oplora.harness.finetuning as finetuning
 from oplora.baselines import MergeAndRestart, create_lora_pro_optimizer, merge_and_restart
+from oplora.baselines.nola import load_seeded, save_seeded
 from oplora.baselines.products import factors_of, joined
 from oplora.baselines.scaled import create_op_scaled_optimizer
 from oplora.generators import create_generator_optimizer
@@ -246,6 +247,20 @@ def test_a_link_trains_a_share_of_the_layers():
 def test_wrong_chains_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         MergeAndRestart(**options)
+
+
+def test_nola_is_a_seed_and_coefficients(tmp_path):
+    model = adapted()
+    optimizer = create_generator_optimizer(model, generator="nola", mlp_width=8, seed=3, lr=0.1)
+    FAMILY.train(model, optimizer, 3)
+    path = tmp_path / "nola.safetensors"
+    save_seeded(model, optimizer, path, seed=3)
+    assert sum(t.numel() for t in load_file(path).values()) == optimizer.mlp_parameters
+    drawn, trained = load_seeded(path), {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert drawn.keys() == trained.keys()
+    assert all(torch.equal(drawn[n], p) and p.any() for n, p in trained.items())
+    with pytest.raises(ValueError, match="did not start from seed=4"):
+        save_seeded(model, optimizer, path, seed=4)
 
 
 @pytest.mark.parametrize("steps", [1, 6])
