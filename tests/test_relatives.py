@@ -28,7 +28,7 @@ FAMILY = FAMILIES["decoder"]
 STEPS, SAVED, CUT = 10, 4, 6  # of a training: all, between checkpoints, where it is cut
 NEW = ["oplora_scalar", "oplora_rescaled", "deeplora", "hyperloader", "reslora", "lora_large",
        "lora_ga", "eva", "op_scaled", "nola", "cola", "opcola", "relora", "xgblora",
-       "lora_muon", "altlora"]  # fmt: skip
+       "lora_muon", "altlora", "lora_one", "cora"]  # fmt: skip
 
 
 # Literal references, in float64

@@ -1,5 +1,6 @@
 """From a method's config to an adapted model and the factory of its optimizer."""
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,13 +10,21 @@ import torch
 from diffusers.loaders import PeftAdapterMixin
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import (
+    AdaLoraConfig,
+    LoraGAConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from oplora.baselines.products import Factors, factors_of, joined, negative
+from oplora.baselines.starts import common_basis, lora_one
 from oplora.peft import adapter_blocks, create_plain_optimizer
 
 
@@ -140,6 +149,25 @@ def add_lora_ga(model: nn.Module, adapter: PeftConfig, data: Data, batches: int)
     preprocess_loraga(model, adapter, backward)
     model.zero_grad()
     return add_adapter(model, adapter)
+
+
+def add_lora_one(model: nn.Module, adapter: PeftConfig, data: Data, batches: int, gamma: float):
+    """LoRA-One: A and B from the gradient of the full weights over so many batches (`lora_one`)."""
+    given, loss = data.first(batches, model), data.loss
+    gradients = copy.deepcopy(adapter)
+    gradients.lora_ga_config = LoraGAConfig()  # PEFT reads the gradient for LoRA-GA alone
+    preprocess_loraga(model, gradients, lambda: [loss(model, b).backward() for b in given])
+    model.zero_grad()
+    model = add_adapter(model, adapter)
+    lora_one(model, gamma)
+    return model
+
+
+def add_cora(model: nn.Module, adapter: PeftConfig, data: Data | None = None):
+    """CoRA: B from the layers' common basis and frozen (`common_basis`)."""
+    model = add_adapter(model, adapter)
+    common_basis(model)
+    return model
 
 
 def add_eva(model: nn.Module, adapter: PeftConfig, data: Data, batches: int):

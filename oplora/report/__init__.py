@@ -13,7 +13,8 @@ from oplora.report import across, benchmarks, claims, provenance
 from oplora.report.comparison import Comparison
 from oplora.report.page import Part, Row, Section, Table, write_report
 
-DEVIATIONS = Path(__file__).resolve().parents[2] / "results" / "paper" / "deviations.yaml"
+PAPER = Path(__file__).resolve().parents[2] / "results" / "paper"
+DEVIATIONS, RELATIVES = PAPER / "deviations.yaml", PAPER / "relatives.yaml"
 
 
 def experiments() -> list:
@@ -79,6 +80,7 @@ class Report:
             *own,
             *([speed] if speed else []),
             deviations(),
+            relatives(),
             provenance.section(self.root, self.records, self.problems),
         ]
 
@@ -115,6 +117,15 @@ def fill(text: str, tables: dict[str, str]) -> str:
         return f"<!-- {name} -->\n{tables[name]}\n<!-- /{name} -->"
 
     return re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", replacement, text, flags=re.DOTALL)
+
+
+def relatives() -> Section:
+    """Other systems around LoRA: what each of them changes, and its row here."""
+    rows = list(map(Row, yaml.safe_load(RELATIVES.read_text(encoding="utf-8"))))
+    caption = (
+        "OP: can it be combined with MLPs in the optimizer? Plain: is its checkpoint a plain LoRA?"
+    )
+    return Section("Relatives", [Table("relatives", caption, rows, text=True)])
 
 
 def deviations() -> Section:

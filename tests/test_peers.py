@@ -1,13 +1,15 @@
-"""LoRA-Muon and AltLoRA in lockstep with their formulae, in float64."""
+"""LoRA-Muon, AltLoRA, LoRA-One and CoRA against their formulae, in float64."""
 
 import math
 
 import pytest
 import torch
 from test_baselines import SCALINGS, SIZES, factors, gradients, groups_of, set_gradients
+from test_relatives import loss_of, tiny
 
 from oplora.baselines.altlora import AltLoRA
 from oplora.baselines.lora_muon import LoRAMuon
+from oplora.baselines.starts import common_basis, lora_one
 
 
 class ReferenceMuon:
@@ -88,3 +90,32 @@ def test_a_step_of_lora_muon_has_the_rate_s_spectral_norm():
     for moved in (B @ dA, dB @ A):
         spectrum = torch.linalg.svdvals(SCALINGS[0] * moved)[:4]
         torch.testing.assert_close(spectrum, torch.full_like(spectrum, 0.005), rtol=1e-8, atol=0)
+
+
+def test_lora_one_is_a_step_down_the_gradient():
+    model, x, y = tiny()
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    weights = [m.get_base_layer().weight.detach().clone().requires_grad_() for m in layers]
+    loss_of(weights, x, y).backward()
+    for layer, W in zip(layers, weights):
+        layer.get_base_layer()._peft_loraga_grad = W.grad
+    lora_one(model, gamma=4.0)
+    for layer, W in zip(layers, weights):
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        U, S, Vh = torch.linalg.svd(-W.grad)
+        best = U[:, :3] @ torch.diag(S[:3]) @ Vh[:3]
+        torch.testing.assert_close(B @ A, best / (4 * S[0]), rtol=0, atol=1e-6)  # svd in float32
+        torch.testing.assert_close(A.norm(), B.norm(), rtol=1e-5, atol=0)
+
+
+def test_cora_s_basis_is_common_and_frozen():
+    model, x, _ = tiny()
+    before = model(x).detach()
+    first, second = (m for m in model.modules() if hasattr(m, "lora_A"))
+    common_basis(model)
+    B = first.lora_B["default"].weight
+    assert torch.equal(B, second.lora_B["default"].weight) and not B.requires_grad
+    weights = torch.cat([m.get_base_layer().weight for m in (first, second)], 1)
+    U = torch.linalg.svd(weights)[0][:, :3]
+    torch.testing.assert_close(B @ B.T, U @ U.T, rtol=0, atol=1e-9)
+    assert torch.equal(model(x), before) and first.lora_A["default"].weight.requires_grad
