@@ -117,10 +117,20 @@ def test_a_run_that_diverges_is_recorded_and_not_tried_again(setting, tmp_path, 
     assert run(setting, tmp_path, *arguments).returncode == 0
 
 
-def test_a_method_that_reads_data_first_is_refused_at_once(setting, tmp_path):
-    done = run(setting, tmp_path / "runs", "method=eva")
-    assert done.returncode == 2 and "apply_method" in done.stderr
-    assert not (tmp_path / "runs").exists()
+def test_a_method_that_reads_data_first_reads_the_training_s(setting, tmp_path):
+    done = run(setting, tmp_path / "runs", "method=lora_ga")
+    assert done.returncode == 0, done.stderr[-3000:]
+    path, _ = only_run(tmp_path / "runs")
+    config = json.loads((path / "adapter/adapter_config.json").read_text())
+    assert config["r"] == 2 * 2 and config["init_lora_weights"] is True  # B A - B0 A0
+
+
+def test_a_chain_refuses_the_best_checkpoint(setting, tmp_path):
+    done = run(setting, tmp_path, "method=cola")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and "load_best_model_at_end=false" in errors[0]
+    last = "training.load_best_model_at_end=false"
+    assert run(setting, tmp_path, "method=cola", last).returncode == 0
 
 
 @pytest.mark.parametrize(
