@@ -45,14 +45,14 @@ def cut(optimizer, state: dict[int, dict]) -> dict[int, dict]:
         }
         moments = {f"{name}/{key}": v for name, s in inner.items() for key, v in s.items()}
         pieces = _pieces(part.stack, i, {**entry["mlp"], **moments})
-        pieces[0] |= {"active": entry["active"], "begun": int(bool(entry["inner"]))}
+        pieces[0] |= _numbers(active=entry["active"], begun=bool(entry["inner"]))
         for tensor, piece, start in zip(block, pieces, entry["starts"], strict=True):
-            result[number[id(tensor)]] = {KEY: {**piece, "start": STARTS.index(start)}}
+            result[number[id(tensor)]] = {KEY: piece | _numbers(start=STARTS.index(start))}
     for k, tensor in enumerate(tensors):
         if k not in result:
             values = state.get(k) or first.get(id(tensor), {})
             copies = {key: _copy(value) for key, value in values.items()}
-            result[k] = {KEY: {**copies, "begun": int(bool(state.get(k)))}}
+            result[k] = {KEY: copies | _numbers(begun=bool(state.get(k)))}
     return result
 
 
@@ -65,7 +65,7 @@ def join(optimizer, state: dict, keys: dict[int, Any]) -> dict:
         mine = [pieces.pop(id(tensor)) for tensor in block]
         if ["z" in piece for piece in mine] != [k == 0 for k in range(len(block))]:
             continue
-        active, entry = mine[0]["active"], {"mlp": {}, "inner": defaultdict(dict)}
+        active, entry = int(mine[0]["active"]), {"mlp": {}, "inner": defaultdict(dict)}
         for key, value in mine[0].items():
             name, _, moment = key.partition("/")
             parts = [piece.get(key) for piece in mine]
@@ -140,6 +140,11 @@ def _columns(tensor: Tensor, value: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) and isinstance(value, DTensor):
         return value.to_local().flatten(1)
     return local_columns(tensor, whole(value).flatten(1))
+
+
+def _numbers(**values: int) -> dict[str, Tensor]:
+    """As tensors: DCP loses other things when an optimizer itself is given to it."""
+    return {key: torch.tensor(value) for key, value in values.items()}
 
 
 def _copy(value):
