@@ -1,11 +1,11 @@
-"""The optimizer's state as torch.distributed.checkpoint (DCP) needs it.
+"""State of an `oplora.optimizer.OPOptimizer` in a layout for torch.distributed.checkpoint (DCP).
 
-DCP loads in place, into what an optimizer built anew gives, so that neither keys nor shapes may
-tell how long it has trained; and what is sharded it knows from DTensors alone. Here every tensor
-has an entry {"oplora": {…}}: its columns of W2 and b2 and of their moments ("W2/exp_avg", …) as
-(rows, *shape of the tensor), sharded as the tensor is. W2 has all its rows, zeros in place of those
-that are not kept (`oplora.rows`); moments that no step has made yet have their shapes, and "begun"
-is 0. The first tensor of a block has the rest of its MLP.
+DCP loads in place, into what an optimizer built anew gives: keys and shapes may not depend on how
+long it has trained. And it knows from DTensors alone what is sharded. So every tensor has an entry
+{"oplora": {…}} of its own here, its columns of W2 and b2 and of their moments ("W2/exp_avg", …) as
+(rows, *shape of the tensor), sharded as the tensor is. W2 has all its rows, zeros where a row is
+not kept (`oplora.rows`); moments that no step has made are there in their shapes, and "begun" is
+false. The first tensor of a block has the rest of its MLP. World sizes may differ.
 """
 
 import sys
@@ -26,7 +26,7 @@ KEY = "oplora"  # one key for all: DCP's flat form asks `Optimizer.state` for an
 
 
 def asks() -> bool:
-    """Is this within a call of DCP, which asks for the state with the words of everybody?"""
+    """Is DCP among the callers? It calls `state_dict()` as those do who want a small file."""
     frames = (frame for frame, _ in walk_stack(sys._getframe()))
     names = (frame.f_globals.get("__name__", "") for frame in frames)
     return any(name.startswith("torch.distributed.checkpoint") for name in names)
@@ -91,7 +91,7 @@ def join(optimizer, state: dict, keys: dict[int, Any]) -> dict:
 
 
 def _pieces(stack: MLPStack, i: int, values: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is by the columns of W2 cut for every tensor of block i; the first gets the rest."""
+    """Values with W2's columns, cut for every tensor of block i; the first gets the others."""
     tensors = stack.tensors.blocks[i]
     P, sizes = stack.tensors.sizes[i], [local(t).numel() for t in tensors]
     pieces: list[dict[str, Any]] = [{} for _ in tensors]
@@ -107,7 +107,7 @@ def _pieces(stack: MLPStack, i: int, values: dict[str, Any]) -> list[dict[str, A
                 )
             pieces[0][key] = _copy(value)
             continue
-        rows = value.view(-1, P) if ndim == 2 else value[None]
+        rows = value if ndim == 2 else value[None]
         if name == "W2" and not stack.rows.every:
             rows = torch.cat([rows, rows.new_zeros(stack.width - len(rows), P)])
         for tensor, piece, columns in zip(tensors, pieces, rows.split(sizes, 1), strict=True):
@@ -152,7 +152,7 @@ def _copy(value):
 
 
 def _first_states(inner: Optimizer) -> dict[int, dict]:
-    """What a step would keep of tensors that have no state yet, by id: made on copies of them."""
+    """What a step would keep of tensors that have no state yet, by id: it is made on copies."""
     twin = object.__new__(type(inner))
     twin.__dict__.update(inner.__dict__, state=defaultdict(dict), param_groups=[])
     tensors: list[Tensor] = []

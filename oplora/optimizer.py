@@ -343,7 +343,7 @@ class OPOptimizer(Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """MLPs and moments, as tensors and numbers only (`oplora.saving`)."""
+        """MLPs and moments, as tensors and numbers only (`oplora.saving`, for DCP `oplora.dcp`)."""
         return saving.state_dict(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]):

@@ -1,10 +1,10 @@
 """State of an `oplora.optimizer.OPOptimizer` as tensors and numbers (loads with weights_only=True).
 
 The entry of a block's first tensor holds {"mlp", "active", "starts", "inner"}: the MLP by the names
-of its tensors, how many rows of W2 have moments, how the block's tensors started, and the
-optimizer's state of the MLP's tensors. Entries
-of directly trained tensors are the inner optimizer's. "names" are those of all tensors, by which
-they are found again in another order.
+of its tensors, how many rows of W2 are kept, how the block's tensors started, and the optimizer's
+state of the MLP's tensors. Entries of directly trained tensors are the inner optimizer's. "names"
+are those of all tensors, by which they are found again in another order.
+torch.distributed.checkpoint, and whoever asks under FSDP2, gets the layout of `oplora.dcp`.
 """
 
 from collections.abc import Callable
