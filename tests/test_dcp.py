@@ -28,7 +28,7 @@ from transformers import TrainingArguments
 
 import oplora
 
-WORLD, STEPS = 2, 6
+WORLD, STEPS, MORE = 2, 6, 3
 FORMS = {
     "exact": dict(),
     "lite": dict(lite=True),
@@ -45,7 +45,11 @@ WAYS = {  # options of torch's functions
     "offloaded": dict(full_state_dict=True, cpu_offload=True),
     "stateful": None,  # the optimizer itself is given to DCP
 }
-UNDER_FSDP2 = {"exact": list(WAYS), "lite": ["sharded", "offloaded"], "any": ["flat", "full"]}
+UNDER_FSDP2 = {
+    "exact": [way for way in WAYS if way != "full"],
+    "lite": ["sharded"],
+    "any": ["full"],
+}
 
 
 def build(form, rank=3, sharded=False, **options):
@@ -126,7 +130,7 @@ def carry(saved, resumed, way, folder):
 def resume(form, ways, folder, saved_at=STEPS, **where):
     """Parameters of an uninterrupted training, and of those that are saved and resumed."""
     whole, saved = build(form, **where), build(form, **where)
-    train(*whole, 0, 2 * STEPS)
+    train(*whole, 0, STEPS + MORE)
     train(*saved, 0, saved_at)
     results = []
     for way in ways:
@@ -135,7 +139,7 @@ def resume(form, ways, folder, saved_at=STEPS, **where):
         carry(saved, resumed, way, f"{folder}/{form}-{way}")
         if form == "exact" and saved_at:
             assert kept_rows(resumed[1]) != rows  # which DCP could not load as they are
-        train(*resumed, saved_at, 2 * STEPS)
+        train(*resumed, saved_at, STEPS + MORE)
         results.append(values(resumed[0]))
     return values(whole[0]), results
 
@@ -162,11 +166,11 @@ def test_a_trained_optimizer_goes_back(form, tmp_path):
     train(*whole, 0, STEPS)
     options = StateDictOptions()
     dcp.save(state_of(*whole, options), checkpoint_id=tmp_path)
-    train(*whole, STEPS, 2 * STEPS)
+    train(*whole, STEPS, STEPS + MORE)
     expected = values(whole[0])
     expected = {name: value.clone() for name, value in expected.items()}
     load(whole, tmp_path, options)
-    train(*whole, STEPS, 2 * STEPS)
+    train(*whole, STEPS, STEPS + MORE)
     assert_same(expected, [values(whole[0])])
 
 
@@ -278,6 +282,6 @@ def test_two_processes_save_and_one_goes_on(way, under_fsdp2):
     folder, (first, _) = under_fsdp2
     resumed = build("exact", rank=1)
     load(resumed, f"{folder}/exact-{way}", StateDictOptions(**WAYS[way]))
-    train(*resumed, STEPS, 2 * STEPS)
+    train(*resumed, STEPS, STEPS + MORE)
     for name, value in values(resumed[0]).items():
         torch.testing.assert_close(value, first["exact"][0][name], rtol=0, atol=1e-5)
