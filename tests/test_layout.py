@@ -16,6 +16,7 @@ LIBRARY = [
     "tensors",
     "rows",
     "stack",
+    "dcp",
     "saving",
     "optimizer",
     "adamw",
