@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from processes import kill_once, only_run, run_here
-from tiny_language_model import tiny_llama, tiny_tokenizer
+from tiny_language_model import tiny_llama, tiny_tokenizer, with_llamas_tokens
 
 from oplora.studies.commonsense.packaged_items import TASKS
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def setting(tmp_path_factory):
     """A model folder, and records in the file layout of the LLM-Adapters repository."""
     folder = tmp_path_factory.mktemp("commonsense")
-    tokenizer = tiny_tokenizer("left")
+    tokenizer = with_llamas_tokens(tiny_tokenizer("left"))
     tokenizer.save_pretrained(folder / "model")
     tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
 
@@ -49,7 +49,7 @@ def command(setting, runs, *overrides):
     return [
         sys.executable, "experiments/commonsense.py", f"runtime.runs_dir={runs}",
         f"model.pretrained_model_name_or_path={model}", "model.dtype=float32",
-        f"tokenizer.pretrained_model_name_or_path={model}", "~tokenizer.pad_token",
+        f"tokenizer.pretrained_model_name_or_path={model}",
         f"records={setting / 'records'}", "data.validation_rows=8", "score_dtype=float32",
         "~model.revision", "~tokenizer.revision", "rank=2", "alpha=4", "mlp_width=4",
         "training.bf16=false", "+training.use_cpu=true", "training.per_device_train_batch_size=4",

@@ -1,5 +1,6 @@
 """What the fine-tuning experiments share: their frame, training with resume, and the dry run."""
 
+import contextlib
 import functools
 import math
 import shutil
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed as set_seed_of_process
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
@@ -16,9 +20,18 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from oplora.harness.distributed import (
+    Left,
+    is_first,
+    open_shared_run,
+    part_after_training,
+    process_count,
+    share_batch,
+    wait_for_all,
+)
 from oplora.harness.entry import experiment
 from oplora.harness.methods import OptimizerFactory, add_adapter
-from oplora.harness.runs import Run, open_run, peak_memory_bytes
+from oplora.harness.runs import Run, peak_memory_bytes
 from oplora.optimizer import check_optimizer
 from oplora.peft import parameter_report
 from oplora.trainer import OPTrainer
@@ -44,13 +57,23 @@ def fine_tuning(
             if prepare is not None:
                 prepare(cfg)
             if cfg.dry_run:
-                print(describe(cfg, auto_class))
+                if is_first():
+                    print(describe(cfg, auto_class))
                 return
             torch.set_num_threads(cfg.runtime.threads)
-            with open_run(OmegaConf.to_container(cfg, resolve=True)) as run:
+            config = OmegaConf.to_container(cfg, resolve=True)
+            if process_count() > 1:
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    raise ValueError("accelerate launch takes one run at a time, not --multirun")
+                share_batch(cfg.training)
+            use_cpu = cfg.training.get("use_cpu", False)
+            with contextlib.suppress(Left), open_shared_run(config, use_cpu) as run:
                 if run.finished:
-                    print(f"{run.path} is finished already")
+                    if is_first():
+                        print(f"{run.path} is finished already")
                     return
+                if not cfg.get("fine_tune", True):
+                    part_after_training()
                 set_seed(cfg.seed)
                 main(cfg, run)
 
@@ -71,11 +94,21 @@ def train(
     training: the config of TrainingArguments, without output_dir. Returns the run's figures; an
     adapter is saved in the run's folder as stock PEFT would. Checkpoints stay until `finish`.
     A run that diverges is a result: it is finished as such, then FloatingPointError is raised.
+    Of several processes (`oplora.harness.distributed`) only the first one returns.
     """
     folder = run.path / CHECKPOINTS
     arguments: TrainingArguments = instantiate(training, output_dir=str(folder), _convert_="all")
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer takes all GPUs, with larger batches
+    if process_count() > 1:
+        arguments.data_seed = arguments.seed  # the same order everywhere, but
     trainer = OPTrainer(model, arguments, optimizer_factory=create_optimizer, **trainer_options)
-    start, checkpoint = time.perf_counter(), whole_checkpoint(folder)
+    if process_count() > 1:
+        set_seed_of_process(arguments.seed, device_specific=True)  # other noise and dropout
+    start = time.perf_counter()
+    if is_first():
+        whole_checkpoint(folder)
+    wait_for_all()
+    checkpoint = whole_checkpoint(folder)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         _check_finite(trainer.state.log_history)
@@ -83,6 +116,7 @@ def train(
         finish(run, {"diverged": str(error), "steps": trainer.state.global_step})
         raise
     seconds = time.perf_counter() - start
+    part_after_training()
     trainer.optimizer.eval()  # schedule-free optimizers train other weights than they mean
     optimizer = trainer.optimizer.optimizer  # inside accelerate's
     if isinstance(model, PeftModel):

@@ -34,9 +34,12 @@ class RunError(ValueError):
 
 
 class Run:
-    """An open run: `path` is its folder; use as a context manager, which holds its lock."""
+    """An open run: `path` is its folder; use as a context manager, which holds its lock.
 
-    def __init__(self, path: Path, finished: bool, lock: FileLock):
+    lock: None where another process owns the run and this one takes part: nothing is written.
+    """
+
+    def __init__(self, path: Path, finished: bool, lock: FileLock | None):
         self.path, self.finished, self._lock = path, finished, lock
 
     def __enter__(self) -> "Run":
@@ -44,6 +47,8 @@ class Run:
 
     def __exit__(self, kind, *_) -> None:
         """Release the lock; a run that failed before it wrote anything leaves no folder."""
+        if self._lock is None:
+            return
         if kind is not None and not self.finished:
             own = {"config.yaml", "environment.json", ".lock"}
             if {p.name for p in self.path.iterdir()} <= own:
@@ -55,6 +60,8 @@ class Run:
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json; numbers that do not exist are None, never NaN or a sentinel."""
+        if self._lock is None:
+            return
         text = json.dumps(metrics, indent=1, allow_nan=False)
         write_atomically(self.path / "metrics.json", text + "\n")
         self.finished = True
