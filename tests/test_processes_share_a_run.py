@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers
 from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from processes import only_run, run_here
@@ -137,11 +136,12 @@ class TwoGpus(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        assert self.device  # which sets the number
         self._n_gpu = 2
 
 
-def test_one_process_takes_one_gpu(text_setting, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(transformers, "TrainingArguments", TwoGpus)
-    done = run_here([*commonsense(text_setting, tmp_path, *SHORT), "score_test=false"])
+def test_one_process_takes_one_gpu(text_setting, tmp_path):  # noqa: F811
+    two = f"training._target_={__name__}.TwoGpus"
+    done = run_here(commonsense(text_setting, tmp_path, *SHORT, two, "score_test=false"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert only_run(tmp_path)[1]["steps"] == 8  # with batches of twice the size 4
