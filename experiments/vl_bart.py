@@ -3,6 +3,7 @@
 import time
 from functools import partial
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
@@ -26,6 +27,8 @@ def complete(cfg: DictConfig) -> None:
 
 @fine_tuning("vl_bart", VLBart, complete)
 def main(cfg: DictConfig, run: Run) -> None:
+    if cfg.matmul_precision:
+        torch.set_float32_matmul_precision(cfg.matmul_precision)
     tokenizer = instantiate(cfg.tokenizer)
     sides = instantiate(cfg.data, _convert_="all")
     grids = instantiate(cfg.grids)

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import gc
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from oplora.harness.distributed import (
@@ -87,11 +91,15 @@ def train(
     create_optimizer: OptimizerFactory,
     training: DictConfig,
     run: Run,
+    *,
+    keep_best: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
     **trainer_options: Any,
 ) -> dict[str, Any]:
     """Train with HF Trainer, from the last whole checkpoint of this run if there is one.
 
-    training: the config of TrainingArguments, without output_dir. Returns the run's figures; an
+    training: the config of TrainingArguments, without output_dir. keep_best: end with the weights
+    of the lowest validation loss. Returns the run's figures; an
     adapter is saved in the run's folder as stock PEFT would. Checkpoints stay until `finish`.
     A run that diverges is a result: it is finished as such, then FloatingPointError is raised.
     Of several processes (`oplora.harness.distributed`) only the first one returns.
@@ -101,7 +109,14 @@ def train(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer takes all GPUs, with larger batches
     if process_count() > 1:
         arguments.data_seed = arguments.seed  # the same order everywhere, but
-    trainer = OPTrainer(model, arguments, optimizer_factory=create_optimizer, **trainer_options)
+    best = [BestWeights(model, folder / "best.safetensors")] if keep_best else []
+    trainer = OPTrainer(
+        model,
+        arguments,
+        optimizer_factory=create_optimizer,
+        callbacks=[*callbacks, *best],
+        **trainer_options,
+    )
     if process_count() > 1:
         set_seed_of_process(arguments.seed, device_specific=True)  # other noise and dropout
     start = time.perf_counter()
@@ -119,23 +134,60 @@ def train(
     part_after_training()
     trainer.optimizer.eval()  # schedule-free optimizers train other weights than they mean
     optimizer = trainer.optimizer.optimizer  # inside accelerate's
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # no autocast from here on
+    for each in best:
+        each.load()
     if isinstance(model, PeftModel):
         model.save_pretrained(run.path / "adapter")
-    history = trainer.state.log_history
+    history, steps = trainer.state.log_history, trainer.state.global_step
     directly = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapter = parameter_report(model)["adapter_parameters"]
     mlp = getattr(optimizer, "mlp_parameters", 0)
+    trainer.accelerator.free_memory()  # what is measured next needs the optimizer's place
+    del trainer, optimizer
+    gc.collect()
     return {
         "train_seconds": round(seconds, 1),
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "train_loss": [[e["step"], e["loss"]] for e in history if "loss" in e],
         "validation_loss": [[e["step"], e["eval_loss"]] for e in history if "eval_loss" in e],
         "adapter_parameters": adapter,
         "mlp_parameters": mlp,
         "trained_parameters": mlp + directly - adapter if mlp else directly,
         "peak_memory_bytes": peak_memory_bytes(),
+        **({"best_step": best[0].step} if best else {}),
         **({"resumed": Path(checkpoint).name} if checkpoint else {}),  # seconds: since then
     }
+
+
+class BestWeights(TrainerCallback):
+    """Keeps what is trained as it was at the lowest validation loss so far, in one small file.
+
+    Trainer's load_best_model_at_end would write the optimizer's state as often as it evaluates.
+    """
+
+    def __init__(self, model: nn.Module, path: Path):
+        self.model, self.path, self.loss, self.step = model, path, math.inf, 0
+        if path.exists():  # a run that was cut
+            with safe_open(path, "pt") as file:
+                self.loss, self.step = (
+                    kind(file.metadata()[k]) for k, kind in (("eval_loss", float), ("step", int))
+                )
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if not state.is_world_process_zero or not metrics["eval_loss"] < self.loss:
+            return
+        self.loss, self.step = metrics["eval_loss"], state.global_step
+        trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        metadata = {"eval_loss": repr(self.loss), "step": str(self.step)}
+        self.path.parent.mkdir(exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        save_file(trained, partial, metadata)
+        os.replace(partial, self.path)
+
+    def load(self) -> None:
+        if self.path.exists():
+            self.model.load_state_dict(load_file(self.path), strict=False)
 
 
 def device() -> str:

@@ -58,8 +58,12 @@ def set_direct_lr(optimizer: Optimizer, model: nn.Module, lr: float):
 
 
 def train_everything(model: nn.Module, adapter: None, batches: Iterable[dict] | None):
-    """Full fine-tuning."""
-    return model.requires_grad_(True)
+    """Full fine-tuning; what is trained is held in float32, as adapters are."""
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 def add_adapter(model: nn.Module, adapter: PeftConfig, batches: Iterable[dict] | None = None):
