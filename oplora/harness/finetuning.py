@@ -24,6 +24,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from oplora.harness.cost import step_cost
 from oplora.harness.distributed import (
     Left,
     is_first,
@@ -41,6 +42,8 @@ from oplora.peft import parameter_report
 from oplora.trainer import OPTrainer
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that has them
+CARDS = (24, 48, 80)  # GB of GPUs that the dry run names
+BYTES_PER_SECOND = 3e12  # of an H100's memory: what a step of the optimizer reads and writes
 
 
 def fine_tuning(
@@ -81,6 +84,12 @@ def fine_tuning(
                 set_seed(cfg.seed)
                 main(cfg, run)
 
+        def numbers(cfg: DictConfig) -> dict[str, Any]:
+            if prepare is not None:
+                prepare(cfg)
+            return expected(cfg, auto_class)
+
+        job.expected = numbers  # of a composed config, for scripts/expected_costs.py
         return job
 
     return decorate
@@ -229,10 +238,56 @@ def mlp_of(method: DictConfig) -> str:
 
 
 def describe(cfg: DictConfig, auto_class: type) -> str:
-    """The dry run: what would be trained, on what and how large; no weights or data are loaded.
+    """The dry run: what would be trained, on what and what it needs; `expected` as text."""
+    is_ = expected(cfg, auto_class)
+    licences = cfg.get("licences", {})
+    lines = [
+        *(
+            f"{name}: {source}" + (f" ({licences[name]})" if name in licences else "")
+            for name, source in cfg.sources.items()
+        ),
+        f"method: {cfg.method.name}, rank {cfg.rank}, learning rate {cfg.lr:g}, seed {cfg.seed}",
+        f"base parameters: {is_['base_parameters']:,}",
+        f"adapter parameters: {is_['adapter_parameters']:,}",
+        f"MLP parameters: {is_['mlp_parameters']:,}",
+        f"optimizer steps: {is_['steps']:,} of {is_['batch']} rows on one device "
+        f"({cfg.train_rows:,} rows)",
+        f"memory: about {is_['held_bytes'] / 1e9:.1f} GB for weights, gradients and optimizer, "
+        "plus activations",
+    ]
+    if "estimate" in cfg:
+        fits = [f"{card} GB" for card in CARDS if fits_on(is_["memory_bytes"], card)]
+        lines += [
+            f"memory with activations: about {is_['memory_bytes'] / 1e9:.0f} GB with "
+            f"{cfg.estimate.step_rows} rows at once; fits a GPU of "
+            f"{', '.join(fits) or 'none of 24, 48 and 80 GB'}",
+            f"time: about {hours(is_['training_seconds'])} of training and "
+            f"{hours(is_['evaluation_seconds'])} of evaluation on one H100, at "
+            f"{cfg.estimate.utilisation:.0%} of {cfg.estimate.peak_tflops:g} and "
+            f"{cfg.estimate.evaluation.peak_tflops:g} TFLOP/s",
+            f"disk: {is_['download_bytes'] / 1e9:.0f} GB of models and data, and up to "
+            f"{is_['disk_bytes'] / 1e9 - is_['download_bytes'] / 1e9:.1f} GB of checkpoints",
+        ]
+    return "\n".join(lines)
 
-    Reads from the config `sources` (what is loaded from where, with revisions), `architecture`
-    (a transformers config, for `auto_class.from_config`), `train_rows` and `training`.
+
+def hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
+
+def fits_on(memory_bytes: float, card: int) -> bool:
+    """Does it fit a GPU of so many GB, of which CUDA itself takes a part?"""
+    return memory_bytes < 0.95e9 * card
+
+
+def expected(cfg: DictConfig, auto_class: type) -> dict[str, Any]:
+    """Counts, memory, time and disk of a run on one GPU; no weights or data are loaded.
+
+    Reads from the config `architecture` (a transformers config, for `auto_class.from_config`),
+    `weight_bytes` of what is not trained, `train_rows`, `training` and, where there is one,
+    `estimate`: `step` (a model to the loss of its largest batch), `step_rows` (of that batch),
+    `peak_tflops` and `utilisation` of the GPU, `besides_gb` (held, not counted otherwise),
+    `evaluation` (rows that go forward, peak_tflops, weight_bytes and cache_gb), `download_gb`.
     """
     with torch.device("meta"):
         model = auto_class.from_config(instantiate(cfg.architecture, _convert_="all"))
@@ -253,20 +308,43 @@ def describe(cfg: DictConfig, auto_class: type) -> str:
             model = add_adapter(model, adapter)
     report = parameter_report(model, **options)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    steps = cfg.training.get("max_steps", -1)
-    batch = cfg.training.per_device_train_batch_size * cfg.training.gradient_accumulation_steps
-    if steps < 0:
-        steps = -(-cfg.train_rows // batch) * cfg.training.num_train_epochs
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    training, steps = cfg.training, cfg.training.get("max_steps", -1)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if steps < 0:
+        steps = -(-cfg.train_rows // batch) * training.num_train_epochs
     # what is trained is held in float32, as its gradients are
-    gigabytes = (frozen * cfg.weight_bytes + 8 * trained + report["optimizer_state_bytes"]) / 1e9
-    lines = [
-        *(f"{name}: {source}" for name, source in cfg.sources.items()),
-        f"method: {cfg.method.name}, rank {cfg.rank}, learning rate {cfg.lr:g}, seed {cfg.seed}",
-        f"base parameters: {base:,}",
-        f"adapter parameters: {report['adapter_parameters']:,}",
-        f"MLP parameters: {report['mlp_parameters']:,}",
-        f"optimizer steps: {steps:,} of {batch} rows on one device ({cfg.train_rows:,} rows)",
-        f"memory: about {gigabytes:.1f} GB for weights, gradients and optimizer, plus activations",
-    ]
-    return "\n".join(lines)
+    held = frozen * cfg.weight_bytes + 8 * trained + report["optimizer_state_bytes"]
+    counts = {
+        "base_parameters": base,
+        "adapter_parameters": report["adapter_parameters"],
+        "mlp_parameters": report["mlp_parameters"],
+        "steps": steps,
+        "batch": batch,
+        "held_bytes": held,
+    }
+    if "estimate" not in cfg:
+        return counts
+    estimate, scored = cfg.estimate, cfg.estimate.evaluation
+    if training.get("gradient_checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    half = training.get("bf16", False) or training.get("fp16", False)
+    cost = step_cost(
+        (model.get_base_model() if isinstance(model, PeftModel) else model).train(),
+        instantiate(estimate.step),
+        half=cfg.weight_bytes == 2,
+        autocast=half,
+    )
+    evaluation_bytes = base * scored.weight_bytes + 1e9 * scored.cache_gb
+    memory = max(held - 4 * trained + cost.bytes, evaluation_bytes) + 1e9 * estimate.besides_gb
+    checkpoint = report["optimizer_state_bytes"] + 4 * trained
+    speed = 1e12 * estimate.utilisation * estimate.step_rows  # of that many rows
+    computing = cfg.train_rows * training.num_train_epochs * cost.flop / estimate.peak_tflops
+    return counts | {
+        "memory_bytes": round(memory),
+        "training_seconds": computing / speed + steps * 2 * checkpoint / BYTES_PER_SECOND,
+        "evaluation_seconds": scored.rows * cost.forward_flop / (speed * scored.peak_tflops),
+        "download_bytes": 1e9 * estimate.download_gb,
+        # one more than are kept, as the next one is written before the last one goes
+        "disk_bytes": 1e9 * estimate.download_gb + (training.save_total_limit + 1) * checkpoint,
+    }

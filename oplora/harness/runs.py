@@ -26,6 +26,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 PRESENTATION = ("title", "role", "mlp", "grid", "order")  # of a method: how it is shown and swept
+NOT_COMPUTED = ("runtime", "title", "estimate", "licences")  # of a config: how, and what it is
 _PACKAGES = ("oplora", "torch", "transformers", "diffusers", "peft", "accelerate", "datasets")
 
 
@@ -70,11 +71,11 @@ class Run:
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that says what is computed.
 
-    Left out are `runtime` (where and how to run), titles and a method's presentation, options that
-    are null (a new option does not make earlier runs other ones), and of dotted names of our own
-    code all but the last part (code may move).
+    Left out are `runtime` (where and how to run), titles, licences and a method's presentation,
+    what a dry run estimates from, options that are null (a new option does not make earlier runs
+    other ones), and of dotted names of our own code all but the last part (code may move).
     """
-    config = {key: value for key, value in config.items() if key not in ("runtime", "title")}
+    config = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
     if isinstance(method := config.get("method"), dict):
         config["method"] = {k: v for k, v in method.items() if k not in PRESENTATION}
     return _essential(config)

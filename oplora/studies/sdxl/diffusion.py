@@ -165,6 +165,17 @@ class DenoisingLoss(nn.Module):
         self.unet.enable_gradient_checkpointing()
 
 
+def example_loss(unet: UNet2DConditionModel, rows: int, resolution: int) -> Tensor:
+    """A loss of inputs of the real shapes, for the dry run (`oplora.harness.cost`)."""
+    config, side = unet.config, resolution // 8
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    extra = {"text_embeds": torch.zeros(rows, pooled), "time_ids": torch.zeros(rows, 6)}
+    noisy = torch.zeros(rows, config.in_channels, side, side)
+    text = torch.zeros(rows, 77, config.cross_attention_dim)
+    steps = torch.zeros(rows, dtype=torch.long)
+    return unet(noisy, steps, text, added_cond_kwargs=extra).sample.float().square().mean()
+
+
 def held_out(encoded: Dataset, draws: int) -> Dataset:
     """Every row `draws` times, each with noise and a time step of its own that never change."""
     rows = encoded.select(list(range(len(encoded))) * draws)
