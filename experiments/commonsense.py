@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from oplora.harness.completion import completion_dataset
-from oplora.harness.finetuning import fine_tuning, finish, train
+from oplora.harness.finetuning import fine_tuning, finish, first_batches, train
 from oplora.harness.methods import apply_method
 from oplora.harness.runs import Run
 from oplora.studies.commonsense.metrics import held_out_nll, summary
@@ -26,7 +26,9 @@ def main(cfg: DictConfig, run: Run) -> None:
     }
     collator = instantiate(cfg.collator)(tokenizer)
     model = instantiate(cfg.model)
-    model, create_optimizer = apply_method(model, cfg.method, direct_lr=cfg.direct_lr)
+    rows = cfg.training.per_device_train_batch_size
+    batches = first_batches(encoded["train"], collator, rows, model)
+    model, create_optimizer = apply_method(model, cfg.method, batches, direct_lr=cfg.direct_lr)
     metrics = train(
         model,
         create_optimizer,

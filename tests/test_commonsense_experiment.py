@@ -157,10 +157,22 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path):
     assert not path.with_suffix(".partial").exists()
 
 
-def test_a_method_that_reads_data_first_is_refused_at_once(setting, tmp_path):
-    done = run(setting, tmp_path / "runs", "method=eva")
-    assert done.returncode == 2 and "apply_method" in done.stderr
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("method", ["eva", "lora_ga", "adalora"])
+def test_methods_that_read_data_or_the_number_of_steps_first(setting, tmp_path, method):
+    short = ["training.num_train_epochs=1", "train_rows=32", "score_test=false"]
+    done = run(setting, tmp_path, f"method={method}", *short)
+    assert done.returncode == 0, done.stderr[-3000:]
+    path, metrics = only_run(tmp_path)
+    assert metrics["steps"] == 8
+    config = json.loads((path / "adapter" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] == (method if method != "adalora" else True)
+    assert config.get("total_step") == (8 if method == "adalora" else None)
+
+
+def test_an_optimizer_that_finds_its_rate_shows_what_it_is_given():
+    script = [sys.executable, "experiments/commonsense.py", "preset=small", "dry_run=true"]
+    assert "learning rate 1, seed 0" in run_here([*script, "optimizer=prodigy"]).stdout
+    assert "learning rate 0.0001, seed 0" in run_here(script).stdout
 
 
 @pytest.mark.parametrize(
@@ -191,6 +203,7 @@ def test_missing_data_is_one_line(setting, tmp_path):
 def test_dry_run_loads_nothing(tmp_path, preset, method):
     command = [sys.executable, "experiments/commonsense.py", "dry_run=true", f"preset={preset}"]
     command += [f"method={method}", f"runtime.runs_dir={tmp_path / 'runs'}"]
+    command += ["~estimate"] * (preset == "paper")  # tested in test_cost.py
     done = run_here(command, {"OPLORA_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     for words in ("model:", "data:", "optimizer steps:", "MLP parameters:", "memory: about"):

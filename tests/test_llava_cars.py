@@ -124,7 +124,7 @@ def test_a_truncated_photo_is_one_line_before_training(setting, tmp_path):
     ],
 )
 def test_dry_run_loads_nothing(tmp_path, overrides, lines):
-    command = [sys.executable, "experiments/llava_cars.py", "dry_run=true", *overrides]
+    command = [sys.executable, "experiments/llava_cars.py", "dry_run=true", "~estimate", *overrides]
     command += [f"runtime.runs_dir={tmp_path / 'runs'}"]
     done = run_here(command, {"OPLORA_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from accelerate.utils import set_seed as set_seed_of_process
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -35,6 +35,7 @@ from oplora.harness.distributed import (
     wait_for_all,
 )
 from oplora.harness.entry import experiment
+from oplora.harness.hub import check_hub
 from oplora.harness.methods import OptimizerFactory, add_adapter
 from oplora.harness.runs import Run, peak_memory_bytes
 from oplora.optimizer import check_optimizer
@@ -59,16 +60,14 @@ def fine_tuning(
         @experiment(name)
         @functools.wraps(main)
         def job(cfg: DictConfig) -> None:
-            if why := cfg.method.get("library_only"):
-                raise ValueError(f"method={cfg.method.name} {why}")
-            if prepare is not None:
-                prepare(cfg)
+            complete(cfg, prepare)
             if cfg.dry_run:
                 if is_first():
                     print(describe(cfg, auto_class))
                 return
             torch.set_num_threads(cfg.runtime.threads)
             config = OmegaConf.to_container(cfg, resolve=True)
+            check_hub(config)
             if process_count() > 1:
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
                     raise ValueError("accelerate launch takes one run at a time, not --multirun")
@@ -85,14 +84,43 @@ def fine_tuning(
                 main(cfg, run)
 
         def numbers(cfg: DictConfig) -> dict[str, Any]:
-            if prepare is not None:
-                prepare(cfg)
+            complete(cfg, prepare)
             return expected(cfg, auto_class)
 
         job.expected = numbers  # of a composed config, for scripts/expected_costs.py
         return job
 
     return decorate
+
+
+def complete(cfg: DictConfig, prepare: Callable[[DictConfig], None] | None) -> None:
+    """Values that follow from others."""
+    if prepare is not None:
+        prepare(cfg)
+    rate = cfg.optimizer.get("lr", cfg.lr)
+    if rate != cfg.lr:  # an optimizer that finds its own: names of runs show what it is given
+        cfg.lr = rate
+    if cfg.method.adapter is not None and "total_step" in cfg.method.adapter:
+        with open_dict(cfg):
+            cfg.setdefault("total_steps", planned_steps(cfg)[0])
+
+
+def planned_steps(cfg: DictConfig) -> tuple[int, int]:
+    """Optimizer steps of the run, and rows of each, by the config's count of rows."""
+    training = cfg.training
+    rows = cfg.get("rows_per_batch", training.per_device_train_batch_size)
+    batch, steps = rows * training.gradient_accumulation_steps, training.get("max_steps", -1)
+    return (steps if steps >= 0 else -(-cfg.train_rows // batch) * training.num_train_epochs), batch
+
+
+def first_batches(
+    dataset: Any, collator: Callable, rows: int, model: nn.Module, count: int = 8
+) -> Iterator[dict[str, Any]]:
+    """Batches for methods that initialise from data (`apply_method`); nothing for the others."""
+    model.to(device())
+    for number in range(min(count, len(dataset) // rows)):
+        batch = collator([dataset[number * rows + row] for row in range(rows)])
+        yield {k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def train(
@@ -242,10 +270,13 @@ def describe(cfg: DictConfig, auto_class: type) -> str:
     is_ = expected(cfg, auto_class)
     licences = cfg.get("licences", {})
     lines = [
-        *(
-            f"{name}: {source}" + (f" ({licences[name]})" if name in licences else "")
-            for name, source in cfg.sources.items()
-        ),
+        f"{name}: {source}" + (f" ({licences[name]})" if name in licences else "")
+        for name, source in cfg.sources.items()
+    ]
+    if not cfg.get("fine_tune", True):
+        parameters = f"base parameters: {is_['base_parameters']:,}"
+        return "\n".join([*lines, "method: none, the model as it is", parameters])
+    lines += [
         f"method: {cfg.method.name}, rank {cfg.rank}, learning rate {cfg.lr:g}, seed {cfg.seed}",
         f"base parameters: {is_['base_parameters']:,}",
         f"adapter parameters: {is_['adapter_parameters']:,}",
@@ -292,6 +323,8 @@ def expected(cfg: DictConfig, auto_class: type) -> dict[str, Any]:
     with torch.device("meta"):
         model = auto_class.from_config(instantiate(cfg.architecture, _convert_="all"))
     base = sum(p.numel() for p in model.parameters())
+    if not cfg.get("fine_tune", True):
+        return {"base_parameters": base}
     adapter = instantiate(cfg.method.adapter, _convert_="all")
     create = cfg.method.create_optimizer
     keys = ("mlp_width", "z_dim", "shared_trunk")
@@ -309,10 +342,7 @@ def expected(cfg: DictConfig, auto_class: type) -> dict[str, Any]:
     report = parameter_report(model, **options)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    training, steps = cfg.training, cfg.training.get("max_steps", -1)
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    if steps < 0:
-        steps = -(-cfg.train_rows // batch) * training.num_train_epochs
+    training, (steps, batch) = cfg.training, planned_steps(cfg)
     # what is trained is held in float32, as its gradients are
     held = frozen * cfg.weight_bytes + 8 * trained + report["optimizer_state_bytes"]
     counts = {
