@@ -41,9 +41,8 @@ def runs(tmp_path_factory):
     for name, (module, methods, options) in REHEARSED.items():
         setting = module.setting.__wrapped__(tmp_path_factory)
         command = module.command(setting, folder / "runs", *options, SHORT)
-        done = run_here(
-            [*command, "--multirun", "launcher=basic", f"method={','.join(methods)}"], env
-        )
+        sweep = ["launcher=basic", f"method={','.join(methods)}"]
+        done = run_here([*command[:2], "--multirun", *command[2:], *sweep], env)
         assert done.returncode == 0, (name, done.stderr[-3000:])
         if name == "sdxl":
             done = run_here([*command, "fine_tune=false", "run_name=base"], env)
