@@ -67,8 +67,9 @@ def test_every_method_finishes_in_the_presets_precision(runs, name):
 
 
 def test_the_report_of_all_of_them(runs, tmp_path):
-    text = build(runs).write(tmp_path / "report").read_text()
+    text = build(runs).write(tmp_path / "report").with_name("report.md").read_text()
     for title in ("LLaMA-7B", "SDXL 1.0", "BART-base", "LLaVA-1.5-7B"):
         assert title in text
     for row in ("OP-LoRA", "OP-DoRA", "PiSSA", "full fine-tuning", "base model"):
         assert f"| {row}" in text, row
+    assert "None" not in text and "nan" not in text.split()  # missing is left out
