@@ -1,15 +1,17 @@
 # Sourced by scripts/sweep_*.sh. `multirun EXPERIMENT OVERRIDES…` is one Hydra multirun: finished
 # runs are skipped, cut ones go on, failed ones are listed at its end and do not end the rest.
-# LAUNCHER=joblib (default; JOBS runs at once), basic, or submitit_slurm on a cluster.
+# LAUNCHER=joblib (JOBS runs at once), basic (one after another: the default of preset=paper, where
+# a run fills a GPU), or submitit_slurm on a cluster.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 trap 'exit 130' INT
 status=0
 multirun() {
-  local experiment=$1
+  local experiment=$1 usual=joblib
   shift
+  [[ " $* " != *" preset=paper "* ]] || usual=basic
   echo "== $experiment $*"
-  "${PYTHON:-python}" "experiments/$experiment.py" --multirun launcher="${LAUNCHER:-joblib}" "$@" ||
+  "${PYTHON:-python}" "experiments/$experiment.py" --multirun launcher="${LAUNCHER:-$usual}" "$@" ||
     status=1
 }
 

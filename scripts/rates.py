@@ -27,7 +27,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     try:
         if arguments.grids:
-            lines = grids(arguments.experiment, arguments.methods)
+            lines = grids(arguments.experiment, arguments.methods, arguments.preset)
         else:
             lines = [chosen(arguments)]
     except ValueError as error:
@@ -52,12 +52,14 @@ def chosen(arguments: argparse.Namespace) -> str:
     return " ".join(f"{method}={rates[method]:g}" for method in arguments.methods)
 
 
-def grids(experiment: str, methods: list[str]) -> list[str]:
+def grids(experiment: str, methods: list[str], preset: str = "small") -> list[str]:
     known = yaml.safe_load((CONFIGS / "grids.yaml").read_text(encoding="utf-8"))
     if experiment not in known:
         raise ValueError(f"{experiment} has no sweep of rates: choose one of {', '.join(known)}")
-    rates = known[experiment]
-    by_grid: dict[str, list[str]] = {grid: [] for grid in rates if grid != "methods"}
+    rates = known[experiment] | known[experiment].get(preset, {})
+    by_grid: dict[str, list[str]] = {
+        grid: [] for grid in ("plain", "text", "full") if grid in rates
+    }
     for name in methods or rates["methods"]:
         grid = method(name).grid
         if grid not in by_grid:

@@ -11,9 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import pandas
+
 from oplora.harness.runs import write_atomically
 from oplora.report import Report, build, claims, experiments, fill
 from oplora.report.page import Statement, Table, markdown_table
+from oplora.report.titles import title
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -52,7 +55,7 @@ def fill_readme(report: Report, readme: Path) -> None:
         elif isinstance(part, Statement):
             texts[part.name] = part.text
     texts["claims_short"] = markdown_table(claims.short(report.claims))
-    texts |= {"commands": commands(), "files": files()}
+    texts |= {"commands": commands(), "files": files(), "paper_scale": paper_scale()}
     write_atomically(readme, fill(readme.read_text(encoding="utf-8"), texts))
 
 
@@ -68,6 +71,32 @@ def commands() -> str:
         f"MB of results; started again it skips what is there and renders the report anew in "
         f"{measured['reproduce_again_seconds']:.0f} s."
     )
+
+
+def paper_scale() -> str:
+    """What the paper presets need, from scripts/expected_costs.py: a row per experiment."""
+    path = ROOT / "results" / "benchmarks" / "paper_scale.json"
+    by_title: dict[str, list[dict]] = {}
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        by_title.setdefault(row["title"], []).append(row)
+
+    def each(rows: list[dict], key: str, unit: float, digits: int) -> str:
+        return " / ".join(f"{row[key] / unit:.{digits}f}" for row in rows)
+
+    table = [
+        {
+            "experiment": name,
+            "methods": " / ".join(title(row["method"]) for row in rows),
+            "GPU memory, GB": each(rows, "memory_bytes", 1e9, 0),
+            "training, h": each(rows, "training_seconds", 3600, 1),
+            "evaluation, h": each(rows[:1], "evaluation_seconds", 3600, 1),
+            "disk, GB": each(rows, "disk_bytes", 1e9, 0),
+            "assumed of an H100": f"{rows[0]['utilisation']:.0%} of {rows[0]['peak_tflops']} "
+            "TFLOP/s",
+        }
+        for name, rows in by_title.items()
+    ]
+    return markdown_table(pandas.DataFrame(table))
 
 
 def files() -> str:

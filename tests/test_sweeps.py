@@ -62,6 +62,7 @@ def sweep(tmp_path):
 
     yield run
     assert not list((tmp_path / "runs").glob(".failed-*")), "notes of failures were left behind"
+    assert not (tmp_path / "runs" / "multirun.yaml").exists()
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
@@ -153,6 +154,7 @@ def points(overrides):
         ("sweep_mlp_width.sh", ["vl_bart", "opdora=1e-2"], 3 * 8),
         ("sweep_rank.sh", ["commonsense", "lora=3e-3", "oplora=3e-4"], 2 * 4 * 3),
         ("sweep_rank.sh", ["llava_cars", "oplora=3e-4"], 4 * 3),
+        ("sweep_rank.sh", ["commonsense", "oplora=3e-4", "preset=paper"], 2 * 3),
     ],
 )
 def test_every_point_of_every_grid_composes(echo, script, arguments, count):
@@ -165,11 +167,32 @@ def test_every_point_of_every_grid_composes(echo, script, arguments, count):
     seen = set()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         for experiment, point in grids:
-            assert "launcher=joblib" in point
+            paper = "preset=paper" in point  # one run fills a GPU
+            assert f"launcher={'basic' if paper else 'joblib'}" in point
             rest = [p for p in point if not p.startswith(("lr=", "seed=", "mlp_width=", "rank="))]
             if (experiment, *rest) not in seen:  # numbers compose like one another
                 seen.add((experiment, *rest))
                 compose(experiment, overrides=list(point))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "own"),  # the paper's and the repositories' that it builds on
+    [("commonsense", {1e-4, 3e-4}), ("sdxl", {1e-4}), ("vl_bart", {1e-3}), ("llava_cars", {5e-5})],
+)
+def test_the_papers_own_rates_are_inside_the_grids(echo, experiment, own):
+    script = ("sweep_learning_rates.sh", experiment, "preset=paper", "method=lora")
+    ((_, overrides),) = multiruns(echo, *script)
+    (rates,) = (x.removeprefix("lr=").split(",") for x in overrides if x.startswith("lr="))
+    assert own < set(map(float, rates)) and not own & {float(rates[0]), float(rates[-1])}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "ranks"),
+    [("commonsense", {"16", "32"}), ("vl_bart", {"64", "128"}), ("llava_cars", {"16", "64"})],
+)
+def test_the_papers_ranks_and_half_of_them(echo, experiment, ranks):
+    found = multiruns(echo, "sweep_rank.sh", experiment, "lora=1e-4", "preset=paper")
+    assert {x.removeprefix("rank=") for _, o in found for x in o if x.startswith("rank=")} == ranks
 
 
 def test_scripts_name_what_is_missing():

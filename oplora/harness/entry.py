@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 import hydra
@@ -58,11 +59,19 @@ def experiment(name: str) -> Callable:
         @functools.wraps(main)
         def entry() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing its own
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(commands(name))
             _reported(run)
 
         return entry
 
     return decorate
+
+
+def commands(name: str) -> str:
+    """What configs/<name>.yaml says of itself at its beginning: how it is started."""
+    lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line[2:] for line in takewhile(lambda line: line.startswith("#"), lines))
 
 
 def name_preset(cfg: DictConfig) -> None:

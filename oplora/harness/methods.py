@@ -58,8 +58,12 @@ def set_direct_lr(optimizer: Optimizer, model: nn.Module, lr: float):
 
 
 def train_everything(model: nn.Module, adapter: None, batches: Iterable[dict] | None):
-    """Full fine-tuning."""
-    return model.requires_grad_(True)
+    """Full fine-tuning; what is trained is held in float32, as adapters are."""
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 def add_adapter(model: nn.Module, adapter: PeftConfig, batches: Iterable[dict] | None = None):
@@ -103,7 +107,7 @@ def create_with(
 
 
 def adalora_config(target_r: int, total_step: int, **kwargs) -> AdaLoraConfig:
-    """From 1.5 target_r, pruned between 10% and 70% of the run."""
+    """From 1.5 target_r, pruned between 10% and 70% of the run's steps."""
     schedule = dict(tinit=total_step // 10, tfinal=3 * total_step // 10, total_step=total_step)
     return AdaLoraConfig(target_r=target_r, init_r=round(1.5 * target_r), **schedule, **kwargs)
 
@@ -127,5 +131,8 @@ def create_adalora_optimizer(
 
 def _required(batches: Iterable[dict] | None, method: str) -> Iterable[dict]:
     if batches is None:
-        raise ValueError(f"{method} initialises from data: give apply_method(…, batches=…)")
+        raise ValueError(
+            f"{method} initialises from batches of data, which this experiment does not give: use "
+            "oplora.harness.methods.apply_method(…, batches=…)"
+        )
     return batches

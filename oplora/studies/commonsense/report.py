@@ -62,6 +62,8 @@ def beyond(c: Comparison, final: Groups) -> list[Part]:
     Against the best of LoRA and its controls, and against the control that shares its step sizes
     and its first A: there the difference is what the MLP's movement of h does.
     """
+    # generated answers have no likelihoods
+    final = {m: runs for m, runs in final.items() if all(NLL(r) is not None for r in runs)}
     if not {"lora", "oplora"} <= set(final):
         return []
     rivals = [m for m in final if m == "lora" or method(m).role == "control"]
