@@ -5,13 +5,23 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from oplora.harness.runs import Record, load_runs
-from oplora.report import across, benchmarks, claims, provenance
+from oplora.report import across, benchmarks, claims, front, provenance
 from oplora.report.comparison import Comparison
-from oplora.report.page import Part, Row, Section, Table, write_report
+from oplora.report.page import (
+    Part,
+    ReportFigure,
+    Row,
+    Section,
+    Statement,
+    Table,
+    Writer,
+    write_summary,
+)
 
 DEVIATIONS = Path(__file__).resolve().parents[2] / "results" / "paper" / "deviations.yaml"
 
@@ -43,7 +53,7 @@ class Report:
 
     @cached_property
     def results(self) -> list:
-        """Of every experiment: its comparisons, section, claims, standings and sensitivity."""
+        """Of every experiment: its comparisons, section, claims, gains, standings, sensitivity."""
         return [experiment.read(self.records) for experiment in experiments()]
 
     @property
@@ -68,8 +78,9 @@ class Report:
             raise ValueError(f"no finished run below {self.root}: run `make reproduce` first")
         folders = [self.root / "benchmarks", self.root.resolve().parent / "benchmarks"]
         speed = next(filter(None, map(benchmarks.section, folders)), None)
+        gains = [gain for results in self.results for gain in results.gains()]
         return [
-            claims.page(self.claims),
+            Section("Does it help?", [*front.parts(gains), *claims.parts(self.claims)]),
             across.section(
                 self.comparisons,
                 [row for results in self.results for row in results.standings()],
@@ -82,16 +93,35 @@ class Report:
             provenance.section(self.root, self.records, self.problems),
         ]
 
-    @property
+    @cached_property
     def parts(self) -> list[Part]:
         return [part for section in self.sections for part in section.parts]
 
     def write(self, out: Path) -> Path:
         """All files of it; the path of the index.html written."""
-        path = write_report("OP-LoRA: results", self.sections, out)
+        path = Writer(out, self.root, self.records).write("OP-LoRA: results", self.sections)
         tables = [part for part in self.parts if isinstance(part, Table)]
         provenance.write_runs(self.root, self.records, tables, out / "tables")
+        write_summary(out, self.summary)
         return path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What holds, for programs: claims with verdicts and evidence, statements, figures."""
+        told = ("text", "section", "verdict", "evidence", "where", "p", "figure", "command")
+        return {
+            "runs": len(self.records),
+            "statements": {p.name: p.text for p in self.parts if isinstance(p, Statement)},
+            "claims": [
+                {key: getattr(claim, key) for key in told}
+                | {
+                    "scope": str(claim.scope),
+                    "runs": [provenance.run_id(self.root, r) for r in claim.runs],
+                }
+                for claim in self.claims
+            ],
+            "figures": {p.file: p.caption for p in self.parts if isinstance(p, ReportFigure)},
+        }
 
 
 def build(runs_dir: Path) -> Report:

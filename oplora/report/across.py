@@ -1,12 +1,27 @@
-"""Tables over all experiments: cost, sensitivity, the controls, half the rank."""
+"""Tables over all experiments: the controls, sensitivity, power, cost, half the rank."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import sqrt
+from statistics import stdev
 
 from oplora.harness.runs import Record
-from oplora.report.comparison import Comparison, good_rates, one_per_scale
-from oplora.report.page import Row, Section, Table
-from oplora.report.rules import half_the_rank
-from oplora.report.statistics import mean_interval, shown
+from oplora.report.comparison import (
+    SHARES,
+    TOLERANCE,
+    Comparison,
+    good_rates,
+    loss_at,
+    one_per_scale,
+)
+from oplora.report.page import Missing, Row, Section, Table
+from oplora.report.rules import PAIRS, cited_gain, half_the_rank
+from oplora.report.statistics import (
+    MOST_SEEDS,
+    mean_interval,
+    seeds_needed,
+    shown,
+    smallest_effect,
+)
 from oplora.report.tables import cost_cells
 from oplora.report.titles import label, method_of, methods, title
 
@@ -16,9 +31,15 @@ CONTROLS = (
     "OP-LoRA is ahead. MF: median error over seeds."
 )
 SENSITIVITY = (
-    "Learning-rate sensitivity: neighbouring rates whose validation loss (MF: error) is within 5% "
-    "of the method's own best, and within 5% of the best method's; ≥: the range reaches an edge of "
-    "the grid."
+    "Learning-rate sensitivity: neighbouring rates that reach a share of the gain from the base "
+    "model's validation loss (MF: error) to that of the best tuned adapter. Where no run has the "
+    "base model's loss, the rates within 5% of the best loss stand instead, which can be nearly "
+    "all of the gain. ≥: the range reaches an edge of the grid; seeds: at least, of each rate."
+)
+POWER = (
+    "How many seeds would show the paper's effect (t-test at 5%, power 80%), from the spread of "
+    "the published seeds: on the same seeds, and on independent ones; and the smallest gain that "
+    "the seeds run here show. The paper's gain: in points, or of distances the same fraction."
 )
 COSTS = (
     "Cost at the chosen rate: the shortest of the runs' training times (the runs shared the "
@@ -30,11 +51,13 @@ HALF_RANK = "OP-LoRA at half of LoRA's rank, at the rates chosen for the full on
 
 def standing(c: Comparison) -> list[Row]:
     """The row of a comparison in the table of controls; none where none of them was scored."""
-    names = [m for m in ("lora", "oplora", *control_methods()) if c.scores(m)]
+    wanted = ["lora", "oplora", *control_methods()]
+    names = [m for m in wanted if c.scores(m)]
     means = {m: mean_interval(list(c.scores(m).values()))[0] for m in names if m != "oplora"}
     best = (max if c.score.higher else min)(means, key=means.get, default=None)
     gains = c.advantage("oplora", best) if best else []
     cells = {"scope": str(c.scope), "metric": c.score.unit}
+    cells |= {title(m): Missing(c.command(m)) for m in wanted}
     cells |= {title(m): shown(list(c.scores(m).values()), c.score.digits) for m in names}
     cells |= {"gain": shown(gains, c.score.digits), "over": title(best)} if gains else {}
     return [Row(cells, [r for m in names for r in c.at_best[m]])] if names else []
@@ -42,9 +65,40 @@ def standing(c: Comparison) -> list[Row]:
 
 def sensitivity_of(c: Comparison) -> list[Row]:
     """Every method's sweep, if it was made on this data."""
+    if not c.own_sweep:
+        return []
     runs = {m: [r for r in c.sweep_runs if method_of(r) == m] for m in c.sweep}
     sweeps = [(label(m, c.records_of(m)), c.losses(m), runs[m]) for m in c.sweep]
-    return sensitivity(str(c.scope), sweeps) if c.own_sweep else []
+    seeds = {title(m): c.sweep_seeds(c.sweep[m], m) for m in c.sweep}
+    return sensitivity(str(c.scope), sweeps, c.base_loss, c.best_loss, seeds, c.base_command)
+
+
+def power_of(c: Comparison) -> list[Row]:
+    """Of each pair that was scored with the same seeds, where the paper has a gain."""
+    rows = []
+    for method, base in PAIRS.items():
+        gains, expected = c.advantage(method, base), cited_gain(c, method, base)
+        if len(gains) < 2 or expected is None or expected <= 0:
+            continue
+        spread = stdev(gains)
+        both = (stdev(c.scores(m).values()) ** 2 for m in (method, base))
+        unpaired = sqrt(sum(both) / 2)
+        needed = (seeds_needed(expected, spread), seeds_needed(expected, unpaired, paired=False))
+        on_same, on_others = (str(n) if n else f"over {MOST_SEEDS:,}" for n in needed)
+        digits = c.score.digits
+        cells = {
+            "scope": str(c.scope),
+            "metric": c.score.unit,
+            "gain of": f"{title(method)} over {title(base)}",
+            "the paper's": f"{expected:.{digits}f}",
+            "spread": f"{spread:.{digits + 1}f}",
+            "seeds": len(gains),
+            "seeds needed, the same": on_same,
+            "seeds needed, independent": on_others,
+            "smallest gain shown here": f"{smallest_effect(spread, len(gains)):.{digits}f}",
+        }
+        rows.append(Row(cells, [*c.at_best[base], *c.at_best[method]]))
+    return rows
 
 
 def control_methods() -> list[str]:
@@ -61,11 +115,13 @@ def section(
 
     stand_ins: methods that stand in the columns of others, and have none of their own.
     """
+    powers = [row for c in comparisons for row in power_of(c)]
     comparisons = one_per_scale(comparisons)
     compared = [m for m in ("lora", "oplora", *control_methods()) if m not in stand_ins]
     columns = ["scope", "metric", *map(title, compared), "gain", "over"]
     tables = [
         Table("controls", CONTROLS, standings, columns),
+        Table("power", POWER, powers),
         Table("sensitivity_all", SENSITIVITY, sensitivities),
         Table("costs", COSTS, costs(comparisons)),
         Table("half_rank", HALF_RANK, half_rank(comparisons), text=True),
@@ -74,23 +130,33 @@ def section(
 
 
 def sensitivity(
-    scope: str, sweeps: Sequence[tuple[str, dict[float, float], list[Record]]]
+    scope: str,
+    sweeps: Sequence[tuple[str, dict[float, float], list[Record]]],
+    base: float | None,
+    best: float,
+    seeds: Mapping[str, int],
+    command: str,
 ) -> list[Row]:
-    """sweeps: method as the tables show it, loss by rate (infinite: it diverged), and the runs."""
-    best = min(min(by_rate.values()) for _, by_rate, _ in sweeps)
-    return [
-        Row(
-            {
-                "scope": scope,
-                "method": method,
-                "best rate": f"{min(by_rate, key=by_rate.get):g}",
-                "good for the method": str(good_rates(by_rate)),
-                "good for the best method": str(good_rates(by_rate, best)),
-            },
-            runs,
-        )
-        for method, by_rate, runs in sweeps
-    ]
+    """sweeps: method as the tables show it, loss by rate (infinite: it diverged), and the runs.
+
+    base: the loss without training, which `command` measures where it is None.
+    """
+    columns = {f"{share:.0%} of the gain": share for share in SHARES}
+    rows = []
+    for method, by_rate, runs in sweeps:
+        best_rate = f"{min(by_rate, key=by_rate.get):g}"
+        cells = {"scope": scope, "method": method, "best rate": best_rate}
+        if base is None:
+            cells |= dict.fromkeys(columns, Missing(command))
+            cells["within 5% of the best loss"] = str(good_rates(by_rate, TOLERANCE * best))
+        else:
+            cells |= {
+                column: str(good_rates(by_rate, loss_at(share, base, best)))
+                for column, share in columns.items()
+            }
+        cells["seeds"] = seeds[method.removesuffix("†")]
+        rows.append(Row(cells, runs))
+    return rows
 
 
 def costs(comparisons: Iterable[Comparison]) -> list[Row]:

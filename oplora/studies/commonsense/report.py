@@ -93,7 +93,6 @@ EXPERIMENT = Experiment(
     loss=lambda r: r.metrics.get("validation_nll"),
     loss_title="validation NLL",
     loss_caption="Validation NLL after training, nats per token, by learning rate",
-    loss_margin=(0.05, 0.8),
     scores=(
         Score("points of accuracy", "accuracy", cited="average"),
         Score("held-out nats per token", "held_out_nll", digits=3, scale=1, higher=False),

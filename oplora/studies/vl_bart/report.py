@@ -119,6 +119,7 @@ EXPERIMENT = Experiment(
         accuracy_by_epoch,
         "accuracy, %",
         "epoch",
+        higher=True,
     ),
     more=details,
     theses=(

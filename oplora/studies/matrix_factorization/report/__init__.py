@@ -10,9 +10,10 @@ from oplora.harness.runs import Record
 from oplora.report.across import sensitivity
 from oplora.report.claims import Claim
 from oplora.report.comparison import Comparison
+from oplora.report.front import Gain
 from oplora.report.page import Part, Row, Section, Table
 from oplora.report.tables import COSTS
-from oplora.report.titles import label, title
+from oplora.report.titles import Scope, label, title
 from oplora.studies.matrix_factorization.report import figures
 from oplora.studies.matrix_factorization.report.claims import claims
 from oplora.studies.matrix_factorization.report.study import (
@@ -113,7 +114,28 @@ class Results:
                 (title(name), dict(zip(study.rates, study.median, strict=True)), [study.record])
                 for name, study in methods.items()
             ]
-            found += sensitivity(scope, sweeps)
+            start = max(float(study.start) for study in methods.values())
+            best = min(float(study.median.min()) for study in methods.values())
+            seeds = {title(name): study.final.shape[1] for name, study in methods.items()}
+            found += sensitivity(scope, sweeps, start, best, seeds, "")
+        return found
+
+    def gains(self) -> list[Gain]:
+        """OP-MF over MF, seed by seed, each at its best rate."""
+        found = []
+        for name, studies_ in self.complete.items():
+            mf, op = studies_["mf"], studies_["opmf"]
+            values = mf.final[mf.best] - op.final[op.best]
+            gain = Gain(
+                scope=Scope("matrix factorization", variant=OPTIMIZERS[name], unit="MSE"),
+                methods=("opmf", "mf"),
+                values=values[numpy.isfinite(values)].tolist(),
+                level=float(mf.median.min()),
+                digits=5,
+                rates=(op.best_rate, mf.best_rate),
+                runs=[mf.record, op.record],
+            )
+            found.append(gain)
         return found
 
 
