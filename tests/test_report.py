@@ -42,7 +42,7 @@ def test_reaching_and_diverging_are_per_rate_majorities(stored):
 def test_a_claim_holds_on_the_grid_in_a_window_or_not(tmp_path):
     cases = {
         "holds": ([0.3, 0.3, 0.3, 0.3, None], [0.06, 0.06, 0.06, 0.06, None]),
-        "holds in a range": ([0.3, 0.3, 0.3, 0.3, 0.06], [0.06, 0.06, 0.06, 0.06, None]),
+        "only at equal rates": ([0.3, 0.3, 0.3, 0.3, 0.06], [0.06, 0.06, 0.06, 0.06, None]),
         "does not hold": ([0.3, 0.3, 0.06, 0.06, 0.06], [0.3, 0.3, 0.06, 0.3, None]),
     }
     for number, (verdict, (mf, op)) in enumerate(cases.items()):
@@ -51,7 +51,7 @@ def test_a_claim_holds_on_the_grid_in_a_window_or_not(tmp_path):
         store(folder, "opmf", op)
         (claim,) = [c for c in claims({"sgd": read(folder)}) if c.text.startswith("Four rates")]
         assert claim.verdict == verdict and claim.section == "4.1" and claim.figure == "figure2"
-        if verdict == "holds in a range":
+        if verdict == "only at equal rates":
             assert claim.where == "rates 0.01 to 10 (4 of 5)"
 
 

@@ -107,7 +107,7 @@ def test_deleting_a_run_changes_its_cells_and_no_others(runs, before, path, owne
     experiment = {"c": "commonsense", "v": "vl_bart", "s": "sdxl", "m": "mf"}[path[0]]
     changed = [name for name in before if not before[name].equals(after.get(name))]
     assert any(name.startswith(experiment) for name in changed)
-    across = ("claims", "claims_open", "controls", "sensitivity_all", "costs", "half_rank")
+    across = ("which", "matrix", "claims", "claims_open", "controls", "power", "sensitivity_all")
     for name in changed:
         assert name.startswith(experiment) or name in across, name
         if name == f"{experiment}_small" or name.startswith("commonsense_small_float32"):

@@ -1,6 +1,6 @@
-"""Tables over all experiments: the controls, sensitivity, power, cost, half the rank."""
+"""Tables over all experiments: the controls, power, sensitivity."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import sqrt
 from statistics import stdev
 
@@ -11,10 +11,9 @@ from oplora.report.comparison import (
     Comparison,
     good_rates,
     loss_at,
-    one_per_scale,
 )
 from oplora.report.page import Missing, Row, Section, Table
-from oplora.report.rules import PAIRS, cited_gain, half_the_rank
+from oplora.report.rules import PAIRS, cited_gain
 from oplora.report.statistics import (
     MOST_SEEDS,
     mean_interval,
@@ -22,7 +21,6 @@ from oplora.report.statistics import (
     shown,
     smallest_effect,
 )
-from oplora.report.tables import cost_cells
 from oplora.report.titles import label, method_of, methods, title
 
 CONTROLS = (
@@ -41,12 +39,6 @@ POWER = (
     "the published seeds: on the same seeds, and on independent ones; and the smallest gain that "
     "the seeds run here show. The paper's gain: in points, or of distances the same fraction."
 )
-COSTS = (
-    "Cost at the chosen rate: the shortest of the runs' training times (the runs shared the "
-    "machine, and of some methods there are more: speed is compared in the benchmark), the least "
-    "of their peak memories, parameters trained (with the MLPs') and shipped."
-)
-HALF_RANK = "OP-LoRA at half of LoRA's rank, at the rates chosen for the full one."
 
 
 def standing(c: Comparison) -> list[Row]:
@@ -77,8 +69,9 @@ def power_of(c: Comparison) -> list[Row]:
     """Of each pair that was scored with the same seeds, where the paper has a gain."""
     rows = []
     for method, base in PAIRS.items():
-        gains, expected = c.advantage(method, base), cited_gain(c, method, base)
-        if len(gains) < 2 or expected is None or expected <= 0:
+        gains = c.advantage(method, base)
+        expected = cited_gain(c, method, base) if len(gains) > 1 else None
+        if expected is None or expected <= 0:
             continue
         spread = stdev(gains)
         both = (stdev(c.scores(m).values()) ** 2 for m in (method, base))
@@ -115,16 +108,12 @@ def section(
 
     stand_ins: methods that stand in the columns of others, and have none of their own.
     """
-    powers = [row for c in comparisons for row in power_of(c)]
-    comparisons = one_per_scale(comparisons)
     compared = [m for m in ("lora", "oplora", *control_methods()) if m not in stand_ins]
     columns = ["scope", "metric", *map(title, compared), "gain", "over"]
     tables = [
         Table("controls", CONTROLS, standings, columns),
-        Table("power", POWER, powers),
+        Table("power", POWER, [row for c in comparisons for row in power_of(c)]),
         Table("sensitivity_all", SENSITIVITY, sensitivities),
-        Table("costs", COSTS, costs(comparisons)),
-        Table("half_rank", HALF_RANK, half_rank(comparisons), text=True),
     ]
     return Section("Across the experiments", [table for table in tables if table.rows])
 
@@ -157,27 +146,3 @@ def sensitivity(
         cells["seeds"] = seeds[method.removesuffix("†")]
         rows.append(Row(cells, runs))
     return rows
-
-
-def costs(comparisons: Iterable[Comparison]) -> list[Row]:
-    return [
-        Row({"scope": str(c.scope), "method": label(method, runs), **cost_cells(runs)}, runs)
-        for c in comparisons
-        for method, runs in c.at_best.items()
-    ]
-
-
-def half_rank(comparisons: Iterable[Comparison]) -> list[Row]:
-    findings = [(c, half_the_rank(c, "oplora", "lora")) for c in comparisons]
-    return [
-        Row(
-            {
-                "scope": str(c.scope),
-                "measured": found.evidence,
-                "is it as good?": found.verdict,
-                "to be run": found.command,
-            },
-            c.runs_of("lora", "oplora"),
-        )
-        for c, found in findings
-    ]

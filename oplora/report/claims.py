@@ -226,9 +226,9 @@ def matrix(judged: Sequence[Claim], waiting: Sequence[Claim]) -> Table:
     for name, claims in (("claims", judged), ("claims_open", waiting)):
         for n, claim in enumerate(claims):
             if claim.scope.column in settings:
-                told = f"{claim.scope}: {claim.verdict}"
+                name_ = f"{claim.scope}: {claim.verdict}"
                 kind = claim.verdict.replace(" ", "-")
-                link = Link(SYMBOLS[claim.verdict], f"{name}-{n}", kind, told)
+                link = Link(SYMBOLS[claim.verdict], f"{name}-{n}", kind, name_)
                 by_setting = cells.setdefault(claim.text, {})
                 by_setting.setdefault(claim.scope.column, []).append(link)
     legend = ", ".join(f"{symbol} {verdict}" for verdict, symbol in SYMBOLS.items())
@@ -236,8 +236,10 @@ def matrix(judged: Sequence[Claim], waiting: Sequence[Claim]) -> Table:
         f"Claims of the paper by settings: {legend}; several symbols: one a score. A symbol leads "
         "to its evidence, runs and command."
     )
+    told = {claim.text for claim in judged}
     widest = sorted(cells.items(), key=lambda item: -len(item[1]))
-    rows = [Row({"claim": text} | by_setting) for text, by_setting in widest]
+    empty = dict.fromkeys(settings, "")  # not a claim about it
+    rows = [Row({"claim": text} | empty | found) for text, found in widest if text in told]
     return Table("matrix", caption, rows, ["claim", *settings])
 
 

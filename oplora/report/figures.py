@@ -57,15 +57,14 @@ def over_rates(name: str, caption: str, sweep: Sweep, ylabel: str) -> ReportFigu
     clip(axis)
     label_ends(axis)
     best = ", ".join(f"{title(method)} at {rate:g}" for method, rate in chosen.items())
-    seeds = {len(v) for by_rate in sweep.values() for v in by_rate.values()}
-    many = " to ".join(str(n) for n in sorted({min(seeds), max(seeds)}))
-    told = f"Best: {best} (stars). {caption} Mean and range over {many} seeds a rate."
+    seeds = [len(v) for by_rate in sweep.values() for v in by_rate.values()]
+    told = f"Best: {best} (stars). {caption} Mean and range; {_seeds(seeds)} a rate."
     return ReportFigure(name, told, axis.figure)
 
 
 def over_training(name: str, groups: Groups, curves: Curves, scope: str) -> ReportFigure:
     """Mean and range over seeds for every method."""
-    axis, ends, seeds = _axis(curves.xlabel, curves.ylabel), {}, set()
+    axis, ends, seeds = _axis(curves.xlabel, curves.ylabel), {}, []
     for method, records in groups.items():
         lines = [line for r in records if (line := curves.points(r))]
         if lines:
@@ -74,13 +73,12 @@ def over_training(name: str, groups: Groups, curves: Curves, scope: str) -> Repo
             (line,) = axis.plot(xs, values.mean(0), label=title(method), **look)
             shade(axis, line, values.min(0), values.max(0))
             ends[title(method)] = values.mean(0)[-1]
-            seeds.add(len(lines))
+            seeds.append(len(lines))
     clip(axis, higher=curves.higher)
     label_ends(axis)
     order = sorted(ends, key=ends.get, reverse=curves.higher)
     found = ", ".join(f"{method} {ends[method]:.4g}" for method in order)
-    many = " to ".join(str(n) for n in sorted({min(seeds), max(seeds)}))
-    told = f"At the end, best first: {found}. {curves.caption}; {scope}; {many} seeds."
+    told = f"At the end, best first: {found}. {curves.caption}; {scope}; {_seeds(seeds)}."
     return ReportFigure(name, told, axis.figure)
 
 
@@ -106,6 +104,14 @@ def over_widths(
     axis.set_xscale("log", base=2)
     label_ends(axis)
     return ReportFigure(name, caption, axis.figure)
+
+
+def _seeds(counts: Sequence[int]) -> str:
+    """ "3 to 8 seeds" """
+    few, many = min(counts), max(counts)
+    if few == many == 1:
+        return "one seed"
+    return f"{many} seeds" if few == many else f"{few} to {many} seeds"
 
 
 def _axis(xlabel: str, ylabel: str, **options: str) -> Axes:

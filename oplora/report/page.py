@@ -61,13 +61,13 @@ class Table:
 
     @cached_property
     def cells(self) -> pandas.DataFrame:
-        """With Link and Missing."""
+        """With the commands of what is missing."""
         found = [row.cells for row in self.rows]
         return pandas.DataFrame(found, columns=self.columns, dtype=object)  # keeps whole numbers
 
     @cached_property
     def frame(self) -> pandas.DataFrame:
-        return self.cells.map(lambda value: None if isinstance(value, Missing) else value)
+        return self.cells.mask(self.cells.map(lambda cell: isinstance(cell, Missing)), None)
 
     @property
     def compact(self) -> pandas.DataFrame:
@@ -209,8 +209,9 @@ class Writer:
         )
         style = ' class="text"' if table.text else ""
         return (
-            f'<div class="table" id="table-{table.name}">{caption}\n<div class="scroll" tabindex="0">'
-            f"<table{style}><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div></div>"
+            f'<div class="table" id="table-{table.name}">{caption}\n'
+            f'<div class="scroll" tabindex="0"><table{style}><thead><tr>{head}</tr></thead>\n'
+            f"<tbody>{body}</tbody></table></div></div>"
         )
 
     def _links(self, runs: Iterable[Record]) -> str:

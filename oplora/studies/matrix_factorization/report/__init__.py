@@ -38,10 +38,6 @@ INTRO = (
     f"the same seeds. A run reaches the SVD error if it ends within {REACHED - 1:.0%} of it; "
     "a rate counts if most of its seeds do."
 )
-CLAIMS_CAPTION = (
-    "The claims of section 4.1 (and 5 for the last rows: controls that the paper lacks), each "
-    "judged from these runs by a fixed rule."
-)
 SUMMARY_CAPTION = (
     "Per method: its best rate with final MSE (median [minimum, maximum] over the seeds that did "
     "not diverge), the rates "
@@ -84,7 +80,6 @@ class Results:
             first = next(iter(both.values()))  # SGD's, which the paper looks at in detail
             parts += [
                 figures.figure2(first),
-                Table("mf_claims", CLAIMS_CAPTION, claim_rows(self.claims()), text=True),
                 figures.figure3(first),
                 figures.figure4(both),
                 figures.sensitivity(self.studies),
@@ -137,16 +132,6 @@ class Results:
             )
             found.append(gain)
         return found
-
-
-def claim_rows(found: list[Claim]) -> list[Row]:
-    return [
-        Row(
-            {"claim": c.text, "measured": c.evidence, "range": c.where, "verdict": c.verdict},
-            c.runs,
-        )
-        for c in found
-    ]
 
 
 def standing(scope: str, methods: dict[str, Study]) -> Row:
