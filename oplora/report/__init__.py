@@ -12,6 +12,7 @@ import yaml
 from oplora.harness.runs import Record, load_runs
 from oplora.report import across, benchmarks, claims, front, provenance
 from oplora.report.comparison import Comparison
+from oplora.report.explorer import explorer
 from oplora.report.page import (
     Part,
     ReportFigure,
@@ -79,8 +80,9 @@ class Report:
         folders = [self.root / "benchmarks", self.root.resolve().parent / "benchmarks"]
         speed = next(filter(None, map(benchmarks.section, folders)), None)
         gains = [gain for results in self.results for gain in results.gains()]
+        shown = filter(None, [explorer(self.root, self.comparisons)])
         return [
-            Section("Does it help?", [*front.parts(gains), *claims.parts(self.claims)]),
+            Section("Does it help?", [*front.parts(gains), *shown, *claims.parts(self.claims)]),
             across.section(
                 self.comparisons,
                 [row for results in self.results for row in results.standings()],

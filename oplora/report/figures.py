@@ -126,14 +126,21 @@ def shade(axis: Axes, line: Line2D, low: Sequence[float], high: Sequence[float])
     axis.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.15, lw=0)
 
 
+def reach(values: Sequence[float], higher: bool = False) -> float:
+    """Where an axis may end: three times as far from the best as the median, or at the worst."""
+    best, worst = (max(values), min(values)) if higher else (min(values), max(values))
+    far = best + 3 * (float(numpy.median(values)) - best)
+    return max(worst, far) if higher else min(worst, far)
+
+
 def clip(axis: Axes, higher: bool = False) -> None:
-    """Let no point that went astray flatten the rest: three times as far as the median at most."""
+    """Let no point that went astray flatten the rest."""
     values = numpy.concatenate([line.get_ydata() for line in axis.lines])
     values = values[numpy.isfinite(values)]
     best, worst = (values.max(), values.min()) if higher else (values.min(), values.max())
-    reach = 3 * (numpy.median(values) - best)
-    if abs(worst - best) > abs(reach) > 0:
-        axis.set_ylim(*sorted((best - 0.06 * reach, best + reach)))
+    end = reach(values, higher)
+    if end not in (best, worst):
+        axis.set_ylim(*sorted((best + 0.06 * (best - end), end)))
         text = "points beyond the axis are not shown"
         at = {"xy": (0.5, 0.02 if higher else 0.98), "xycoords": "axes fraction"}
         axis.annotate(text, **at, ha="center", va="center", fontsize=8, color=INK, alpha=0.6)

@@ -58,6 +58,7 @@ class Table:
     text: bool = False  # columns of sentences, left-aligned
     details: Collection[str] = ()  # columns that the README leaves out
     cards: int = 0  # as many columns head a card of the rest, one a row
+    higher: Mapping[str, bool] = field(default_factory=dict)  # column → is a higher value better?
 
     @cached_property
     def cells(self) -> pandas.DataFrame:
@@ -199,13 +200,17 @@ class Writer:
             )
             return f'<div class="cards" id="table-{table.name}">{caption}\n{body}</div>'
         columns += ["runs"] if any(runs) else []
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+        best = {column: _best(table.frame[column], up) for column, up in table.higher.items()}
+        arrows = {column: " ↑" if up else " ↓" for column, up in table.higher.items()}
+        head = "".join(f"<th>{html.escape(c)}{arrows.get(c, '')}</th>" for c in columns)
         body = "\n".join(
             "<tr>"
-            + "".join(map(_html_cell, columns, row))
+            + "".join(
+                _html_cell(c, v, best.get(c) == n) for c, v in zip(columns, row, strict=False)
+            )
             + (f"<td>{behind}</td>" if any(runs) else "")
             + "</tr>"
-            for row, behind in zip(rows, runs, strict=True)
+            for n, (row, behind) in enumerate(zip(rows, runs, strict=True))
         )
         style = ' class="text"' if table.text else ""
         return (
@@ -289,8 +294,16 @@ def _short_number(text: str) -> str:
     return f'<span title="{int(text):,}">{int(text) / 1e6:.1f} M</span>'
 
 
-def _html_cell(column: str, value) -> str:
-    style = f' class="{_kind(value)}"' if column in ("verdict", "is it as good?") else ""
+def _best(cells: pandas.Series, higher: bool) -> int | None:
+    """The row of the best mean over several seeds, where there are two."""
+    means = cells.astype(str).str.extract(r"^(-?[\d.]+) ± ")[0].astype(float)
+    if means.notna().sum() < 2:
+        return None
+    return int(means.idxmax() if higher else means.idxmin())
+
+
+def _html_cell(column: str, value, best: bool = False) -> str:
+    style = ' class="best"' if best else ""
     return f'<td data-column="{html.escape(column)}"{style}>{_html_value(value)}</td>'
 
 

@@ -93,7 +93,8 @@ def dataset_parts(scope: str, measured: list[Record], c: Comparison | None) -> l
         "each method at its chosen rate: mean ± 95% interval (seeds). Brackets: 95% bootstrap "
         "interval over images. Held-out loss: on the new style."
     )
-    parts: list[Part] = [Table(name, caption, rows, details=COSTS)]
+    higher = {distance_of(measured[0]): False, HELD_OUT.title: False}
+    parts: list[Part] = [Table(name, caption, rows, details=COSTS, higher=higher)]
     if base:
         caption = f"{scope}: can this base model measure style at all? Fixed before the comparison."
         parts.append(Table(f"{name}_gate", caption, gate(base[0], groups)))
