@@ -48,7 +48,8 @@ def explorer(root: Path, comparisons: Sequence[Comparison]) -> Script | None:
         return None
     names = in_order(frame["method"])
     frame["method"] = frame["method"].map(title)
-    spec = chart(frame["shown"].unique().tolist(), names).to_dict()
+    shown = frame.groupby("shown", sort=False)["rate"].nunique().sort_values(ascending=False)
+    spec = chart(shown.index.tolist(), names).to_dict()
     spec["datasets"] = {"runs": frame.to_dict("records")}
     texts = (
         vl_convert.javascript_bundle(),
@@ -62,7 +63,7 @@ def explorer(root: Path, comparisons: Sequence[Comparison]) -> Script | None:
 
 
 def chart(shown: list[str], names: list[str]) -> altair.LayerChart:
-    """For these settings and methods; the data is named "runs"."""
+    """For these settings, of which the first is shown, and methods; the data is named "runs"."""
     looks, titles = [style(name) for name in names], [title(name) for name in names]
 
     def by(channel: type, look: list) -> altair.SchemaBase:
