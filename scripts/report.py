@@ -24,17 +24,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="?", type=Path, help="default: results/published")
     parser.add_argument("--out", type=Path, help="default: RUNS/report")
+    parser.add_argument("--against", type=Path, help="published runs to compare them with")
     arguments = parser.parse_args()
     runs = arguments.runs or PUBLISHED
     start = time.perf_counter()
     try:
-        report = build(runs)
+        report = build(runs, arguments.against)
         path = report.write(arguments.out or runs / "report")
         if arguments.runs is None:
             fill_texts(report, [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if report.against:
+        print(f"\n{report.against.caption}\n\n{report.against.frame.to_string(index=False)}\n")
     print(f"{path} ({time.perf_counter() - start:.0f} s)")
     return 0
 

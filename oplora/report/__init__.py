@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from oplora.harness.runs import Record, load_runs
-from oplora.report import across, benchmarks, claims, front, provenance
+from oplora.report import across, against, benchmarks, claims, front, provenance
 from oplora.report.comparison import Comparison
 from oplora.report.explorer import explorer
 from oplora.report.page import (
@@ -51,6 +51,7 @@ class Report:
     root: Path
     records: list[Record]
     problems: list[str]  # of runs that are left out
+    published: "Report | None" = None  # what these are compared with, if so
 
     @cached_property
     def results(self) -> list:
@@ -60,6 +61,14 @@ class Report:
     @property
     def comparisons(self) -> list[Comparison]:
         return [c for results in self.results for c in results.comparisons]
+
+    @cached_property
+    def against(self) -> Table | None:
+        """Of your runs; None where none is compared with a published one."""
+        own, theirs = ([m for results in report.results for m in results.measured()]
+                       for report in (self, self.published or self))  # fmt: skip
+        table = against.against(own, theirs if self.published else [])
+        return table if table.rows else None
 
     @cached_property
     def claims(self) -> list[claims.Claim]:
@@ -81,7 +90,9 @@ class Report:
         speed = next(filter(None, map(benchmarks.section, folders)), None)
         gains = [gain for results in self.results for gain in results.gains()]
         shown = filter(None, [explorer(self.root, self.comparisons)])
+        yours = [Section("Your runs", [self.against])] if self.against else []
         return [
+            *yours,
             Section("Does it help?", [*front.parts(gains), *shown, *claims.parts(self.claims)]),
             across.section(
                 self.comparisons,
@@ -126,12 +137,13 @@ class Report:
         }
 
 
-def build(runs_dir: Path) -> Report:
-    """The report of all finished runs below `runs_dir`."""
+def build(runs_dir: Path, published: Path | None = None) -> Report:
+    """The report of all finished runs below `runs_dir`, compared with those `published`."""
     if not runs_dir.is_dir():
         raise ValueError(f"{runs_dir} is no folder: give the folder that holds the runs")
     records, problems = load_runs(runs_dir)
-    return Report(runs_dir, provenance.noted(records), problems)
+    theirs = build(published) if published else None
+    return Report(runs_dir, provenance.noted(records), problems, theirs)
 
 
 def fill(text: str, tables: dict[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 A room of oplora.studies takes part through a module `report` with an object EXPERIMENT: an
 `Experiment`, or anything else with its `name`, `order`, `readme`, `stand_ins` and `read`, which
-gives what `FineTuning` has: comparisons, section, claims, gains, standings and sensitivity.
+gives what `FineTuning` has: comparisons, section, claims, gains, measured, standings, sensitivity.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from functools import cached_property
 
 from oplora.harness.runs import Record
 from oplora.report import across, tables
+from oplora.report.against import Measured, measured
 from oplora.report.claims import Claim, Thesis, of_experiment
 from oplora.report.comparison import Comparison, one_per_scale, usual
 from oplora.report.figures import Curves, over_training, rate_parts
@@ -149,6 +150,9 @@ class FineTuning:
 
     def gains(self) -> list[Gain]:
         return [gain for c in self.comparisons for gain in gains_of(c)]
+
+    def measured(self) -> list[Measured]:
+        return [found for c in self.comparisons for found in measured(c)]
 
     def standings(self) -> list[Row]:
         return [row for c in self.comparisons for row in across.standing(c)]

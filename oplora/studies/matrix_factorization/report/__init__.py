@@ -8,6 +8,7 @@ import pandas
 
 from oplora.harness.runs import Record
 from oplora.report.across import sensitivity
+from oplora.report.against import Measured
 from oplora.report.claims import Claim
 from oplora.report.comparison import Comparison
 from oplora.report.front import Gain
@@ -113,6 +114,16 @@ class Results:
             best = min(float(study.median.min()) for study in methods.values())
             seeds = {title(name): study.final.shape[1] for name, study in methods.items()}
             found += sensitivity(scope, sweeps, start, best, seeds, "")
+        return found
+
+    def measured(self) -> list[Measured]:
+        """Final errors at the best rate, of the seeds that did not diverge."""
+        found = []
+        for scope, methods in self.scopes.items():
+            for name, study in methods.items():
+                at = study.final[study.best]
+                values = at[numpy.isfinite(at)].tolist()
+                found.append(Measured(scope, name, study.best_rate, values, 5, [study.record]))
         return found
 
     def gains(self) -> list[Gain]:
