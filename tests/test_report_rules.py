@@ -7,7 +7,7 @@ import pytest
 
 from oplora import report
 from oplora.harness.runs import Record
-from oplora.report import across, claims, front, rules
+from oplora.report import across, against, claims, front, rules
 from oplora.report.comparison import Comparison, good_rates, loss_at
 from oplora.report.metrics import Score
 from oplora.report.rules import EQUAL_RATES, FAILS, HOLDS, NOT_RUN, UNTESTABLE, Finding
@@ -297,6 +297,22 @@ def test_the_first_screen_counts_intervals():
     rows = front.which(gains).frame
     assert rows["best rate"].tolist() == ["0.01 → 0.001", "0.01 → 0.01", "0.01 → 0.001"]
     assert rows["memory, GB"].tolist()[2] == "1.00 → 1.00"
+
+
+def test_your_runs_are_inside_where_one_more_seed_would_be():
+    """Of 59, 60 and 61 one more seed lies within 60 ± 4.303 · √(4/3) = 4.97."""
+    published = comparison({"lora": [59.0, 60.0, 61.0], "oplora": [61.0]})
+    for value, verdict in ((64.9, "inside"), (65.0, "outside"), (55.1, "inside")):
+        mine = comparison({"lora": [value], "oplora": [61.0]})
+        table = against.against(against.measured(mine), against.measured(published))
+        (row,) = table.rows  # of the other one seed is published: it has no spread
+        assert row.cells["yours is"] == verdict and row.cells["range"] == "55.0 to 65.0"
+        assert (row.cells["yours"], row.cells["published"]) == (
+            f"{value:.1f} (1)",
+            "60.0 ± 2.5 (3)",
+        )
+    other = comparison({"lora": [60.0]}, {"lora": {1e-3: 1.0}})  # at another rate
+    assert not against.against(against.measured(other), against.measured(published)).rows
 
 
 def test_claims_that_would_hold_by_chance():

@@ -119,11 +119,20 @@ class Report:
         return path
 
     @property
+    def rates(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Experiment → preset → method → the learning rate that its sweep chose."""
+        found: dict = {}
+        for c in self.comparisons:
+            found.setdefault(c.experiment, {}).setdefault(c.preset, {}).update(c.chosen)
+        return found
+
+    @property
     def summary(self) -> dict[str, Any]:
         """What holds, for programs: claims with verdicts and evidence, statements, figures."""
         told = ("text", "section", "verdict", "evidence", "where", "p", "figure", "command")
         return {
             "runs": len(self.records),
+            "rates": self.rates,
             "statements": {p.name: p.text for p in self.parts if isinstance(p, Statement)},
             "claims": [
                 {key: getattr(claim, key) for key in told}
