@@ -87,6 +87,17 @@ def test_only_at_equal_rates_needs_two_neighbouring_shared_rates_with_three_seed
     assert better(scores, sweep=one, seeds=3).verdict == UNTESTABLE
 
 
+def test_a_rate_that_one_seed_chose_among_equals_asks_for_more():
+    sweep = {"lora": {1e-3: 2.05, 1e-2: 2.0, 1e-1: 4.0}}
+    more = [run("lora", 1e-2, seed, loss=2.0 + seed / 10, score=1.0) for seed in (1, 2)]
+    c = comparison({}, sweep)
+    (row,) = across.sensitivity_of(replace(c, records=[*c.records, *more], swept=c.records))
+    assert row.cells["as good within the seeds' spread"] == "0.001"  # 0.05 against 0.1
+    assert row.cells["to be run"].endswith("vl_bart method=lora seed=0,1,2")
+    (row,) = across.sensitivity_of(c)
+    assert "to be run" not in row.cells  # no spread is known
+
+
 def test_without_a_number_of_the_papers_an_interval_around_zero_tells_nothing():
     scores = {"lora": [60.0, 60.0, 60.0], "oplora": [60.1, 60.0, 59.9]}
     assert better(scores, cited={}).verdict == UNTESTABLE

@@ -11,6 +11,7 @@ from oplora.report.comparison import (
     Comparison,
     good_rates,
     loss_at,
+    rates_command,
 )
 from oplora.report.page import Missing, Row, Section, Table
 from oplora.report.rules import PAIRS, cited_gain
@@ -32,7 +33,9 @@ SENSITIVITY = (
     "Learning-rate sensitivity: neighbouring rates that reach a share of the gain from the base "
     "model's validation loss (MF: error) to that of the best tuned adapter. Where no run has the "
     "base model's loss, the rates within 5% of the best loss stand instead, which can be nearly "
-    "all of the gain. ≥: the range reaches an edge of the grid; seeds: at least, of each rate."
+    "all of the gain. ≥: the range reaches an edge of the grid; seeds: at least, of each rate. A "
+    "best rate that one seed chose, though another is as good within the spread of the seeds, asks "
+    "for more."
 )
 POWER = (
     "How many seeds would show the paper's effect (t-test at 5%, power 80%), from the spread of "
@@ -62,7 +65,14 @@ def sensitivity_of(c: Comparison) -> list[Row]:
     runs = {m: [r for r in c.sweep_runs if method_of(r) == m] for m in c.sweep}
     sweeps = [(label(m, c.records_of(m)), c.losses(m), runs[m]) for m in c.sweep]
     seeds = {title(m): c.sweep_seeds(c.sweep[m], m) for m in c.sweep}
-    return sensitivity(str(c.scope), sweeps, c.base_loss, c.best_loss, seeds, c.base_command)
+    rows = sensitivity(str(c.scope), sweeps, c.base_loss, c.best_loss, seeds, c.base_command)
+    for m, row in zip(c.sweep, rows, strict=True):
+        if near := c.rivals(m):
+            row.cells["as good within the seeds' spread"] = ", ".join(f"{rate:g}" for rate in near)
+            if row.cells["seeds"] < 2:
+                command = rates_command(c.experiment, c.preset, [m])
+                row.cells["to be run"] = f"{command} seed=0,1,2"
+    return rows
 
 
 def power_of(c: Comparison) -> list[Row]:

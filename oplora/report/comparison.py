@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
+from statistics import stdev
 
 from oplora.harness.runs import Record
 from oplora.report import titles
@@ -100,6 +101,14 @@ class Comparison:
         """With how many seeds at least these methods were swept at these rates."""
         found = [self.sweep.get(m, {}) for m in methods]
         return min(len(by_rate[rate]) for rate in rates for by_rate in found if rate in by_rate)
+
+    def rivals(self, method: str) -> list[float]:
+        """Rates whose losses differ from the best one's by less than the seeds do there."""
+        losses, best = self.losses(method), self.chosen[method]
+        same = [self.loss(r) for r in self.seed_runs(method, best).values()]
+        if len(same) < 2:
+            return []
+        return [r for r, loss in losses.items() if r != best and loss - losses[best] < stdev(same)]
 
     @property
     def base_loss(self) -> float | None:
