@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import altair
@@ -44,12 +45,15 @@ def values(root: Path, comparisons: Sequence[Comparison]) -> pandas.DataFrame:
 def explorer(root: Path, comparisons: Sequence[Comparison]) -> Script | None:
     """None where nothing was swept."""
     frame = values(root, comparisons)
-    if frame.empty:
-        return None
+    return None if frame.empty else Script("explorer", CAPTION, partial(code, frame))
+
+
+def code(frame: pandas.DataFrame) -> str:
+    """Bundle, specification and data."""
     names = in_order(frame["method"])
-    frame["method"] = frame["method"].map(title)
-    shown = frame.groupby("shown", sort=False)["rate"].nunique().sort_values(ascending=False)
-    spec = chart(shown.index.tolist(), names).to_dict()
+    frame = frame.assign(method=frame["method"].map(title))
+    shown = frame.groupby("shown", sort=False)["rate"].nunique()
+    spec = chart(shown.sort_values(ascending=False, kind="stable").index.tolist(), names).to_dict()
     spec["datasets"] = {"runs": frame.to_dict("records")}
     texts = (
         vl_convert.javascript_bundle(),
@@ -57,9 +61,7 @@ def explorer(root: Path, comparisons: Sequence[Comparison]) -> Script | None:
         Path(__file__).with_name("explorer.js").read_text(encoding="utf-8"),
     )
     script = "\n".join(text.replace("</script", r"<\/script") for text in texts)
-    return Script(
-        "explorer", CAPTION, f'<div id="vega"></div><script type="module">{script}</script>'
-    )
+    return f'<div id="vega"></div><script type="module">{script}</script>'
 
 
 def chart(shown: list[str], names: list[str]) -> altair.LayerChart:

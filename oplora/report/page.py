@@ -6,7 +6,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -117,7 +117,7 @@ class Script:
 
     name: str
     caption: str
-    code: str
+    code: Callable[[], str]  # made when it is written: it is large
 
 
 Part = str | Statement | Table | ReportFigure | Script
@@ -176,7 +176,7 @@ class Writer:
         if isinstance(part, Script):
             return "", (
                 f'<section class="script" id="{part.name}" hidden><p class="caption">'
-                f"{html.escape(part.caption)}</p>{part.code}</section>"
+                f"{html.escape(part.caption)}</p>{part.code()}</section>"
             )
         if isinstance(part, Table):
             folder = self.out / "tables"
