@@ -54,7 +54,7 @@ def standing(c: Comparison) -> list[Row]:
     cells = {"scope": str(c.scope), "metric": c.score.unit}
     cells |= {title(m): Missing(c.command(m)) for m in wanted}
     cells |= {title(m): shown(list(c.scores(m).values()), c.score.digits) for m in names}
-    cells |= {"gain": shown(gains, c.score.digits), "over": title(best)} if gains else {}
+    cells |= {"gain": shown(gains, c.score.digits, "+"), "over": title(best)} if gains else {}
     return [Row(cells, [r for m in names for r in c.at_best[m]])] if names else []
 
 

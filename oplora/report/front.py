@@ -10,7 +10,7 @@ from oplora.harness.runs import Record
 from oplora.report import rules
 from oplora.report.comparison import Comparison
 from oplora.report.page import Part, ReportFigure, Row, Statement, Table
-from oplora.report.statistics import mean_interval
+from oplora.report.statistics import mean_interval, shown
 from oplora.report.style import INK, style
 from oplora.report.titles import Scope, method, title
 
@@ -54,8 +54,7 @@ class Gain:
 
     @property
     def text(self) -> str:
-        mean, half = mean_interval(self.values)
-        return f"{mean:+.{self.digits}f} ± {half:.{self.digits}f} ({len(self.values)})"
+        return shown(self.values, self.digits, "+")
 
 
 def gains_of(c: Comparison) -> list[Gain]:

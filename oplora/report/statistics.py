@@ -71,14 +71,17 @@ def mean_height(curve: Sequence[tuple[float, float]]) -> float:
     return float(trapezoid(y, x) / (x[-1] - x[0]))
 
 
-def shown(values: Sequence[float], digits: int) -> str | None:
-    """ "71.2 ± 0.8 (3)": mean, half-width and number of values; None where there is none."""
+def shown(values: Sequence[float], digits: int, sign: str = "") -> str | None:
+    """ "71.2 ± 0.8 (3)": mean, half-width and number of values; None where there is none.
+
+    sign: "+" for differences.
+    """
     if len(values) == 0:
         return None
     mean, half = mean_interval(values)
     if half is None:
-        return f"{mean:.{digits}f} (1)"
-    return f"{mean:.{digits}f} ± {half:.{digits}f} ({len(values)})"
+        return f"{mean:{sign}.{digits}f} (1)"
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f} ({len(values)})"
 
 
 def at_shared_steps(
