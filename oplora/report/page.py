@@ -200,8 +200,9 @@ class Writer:
             )
             return f'<div class="cards" id="table-{table.name}">{caption}\n{body}</div>'
         columns += ["runs"] if any(runs) else []
-        best = {column: _best(table.frame[column], up) for column, up in table.higher.items()}
-        arrows = {column: " ↑" if up else " ↓" for column, up in table.higher.items()}
+        ways = {column: up for column, up in table.higher.items() if column in table.frame}
+        best = {column: _best(table.frame[column], up) for column, up in ways.items()}
+        arrows = {column: " ↑" if up else " ↓" for column, up in ways.items()}
         head = "".join(f"<th>{html.escape(c)}{arrows.get(c, '')}</th>" for c in columns)
         body = "\n".join(
             "<tr>"
