@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         if experiment == "sdxl":  # all styles take the rates that were chosen on one of them
             same = (every["experiment"] == "sdxl") & (every["preset"] == preset)
             sweep = every[same & (every["measure"] == False)]  # noqa: E712
-        best = chosen(usual(sweep))
+        best = chosen(usual(sweep[sweep["fine_tune"] != False]))  # noqa: E712
         checks += [(f"{name}_rates" if experiment != "sdxl" else f"sdxl_{preset}_rates", m, rate)
                    for m, rate in best.items()]  # fmt: skip
         final = usual(group[group["fine_tune"] != False])  # noqa: E712

@@ -171,7 +171,7 @@ def consistent(comparisons: Sequence[Comparison]) -> Claim:
     """The paper's main claim: OP is better than its counterpart in every experiment.
 
     Holds if all comparisons that were run do (two experiments at least; of several scores of the
-    same runs the first), in a range if the others hold in one; does not hold if any does not.
+    same runs the first), only at equal rates if the others do; does not hold if any does not.
     """
     judged = [
         (c, method, verdict)
