@@ -25,7 +25,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-PRESENTATION = ("title", "role", "mlp", "grid", "order")  # of a method: how it is shown and swept
+# of a method: how it is shown and swept
+PRESENTATION = ("title", "role", "mlp", "family", "grid", "order")
 NOT_COMPUTED = ("runtime", "title", "estimate", "licences")  # of a config: how, and what it is
 _PACKAGES = ("oplora", "torch", "transformers", "diffusers", "peft", "accelerate", "datasets")
 

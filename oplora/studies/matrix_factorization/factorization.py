@@ -342,7 +342,8 @@ def factorize(
     past: dict[int, Tensor] = {}
     logged = {name: [] for name in CURVES}
     first = None
-    bar = tqdm(range(problem.steps + 1), desc=progress, disable=progress is None, mininterval=2)
+    silent = None if progress else True  # None: where there is no terminal
+    bar = tqdm(range(problem.steps + 1), desc=progress, disable=silent, mininterval=2)
     for step in bar:  # the last pass only measures
         A, B = model.tensors()
         error, gA, gB = gradients(A, B)
