@@ -19,6 +19,7 @@ LIBRARY = [
     "saving",
     "optimizer",
     "adamw",
+    "scale",
     "peft",
     "generators",
     "trainer",
