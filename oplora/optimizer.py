@@ -218,7 +218,7 @@ class OPOptimizer(Optimizer):
     def add_param_group(self, group: dict):
         """Add tensors, (name, tensor) pairs or blocks (lists of these) with their options."""
         index = len(self.param_groups)
-        blocks, names = _blocks(group["params"], f"group {index}")
+        blocks, names = blocks_of(group["params"], f"group {index}")
         group = {**group, "params": list(chain(*blocks))}
         width = group.get("mlp_width", self.defaults["mlp_width"])
         if not isinstance(width, int) or width < 0:
@@ -459,7 +459,7 @@ def _inner_optimizer(cls: type[Optimizer], kwargs: dict[str, Any]) -> Optimizer:
     return cls([torch.zeros(1, 1)], **kwargs)
 
 
-def _blocks(params, group: str) -> tuple[list[list], list[list[str]]]:
+def blocks_of(params, group: str) -> tuple[list[list], list[list[str]]]:
     """Blocks of tensors and their names from tensors, (name, tensor) pairs and lists of these."""
     blocks, names = [], []
     for number, item in enumerate([params] if isinstance(params, Tensor) else list(params)):

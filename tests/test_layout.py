@@ -20,6 +20,7 @@ LIBRARY = [
     "saving",
     "optimizer",
     "adamw",
+    "scale",
     "peft",
     "generators",
     "trainer",
