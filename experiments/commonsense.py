@@ -33,13 +33,15 @@ def main(cfg: DictConfig, run: Run) -> None:
         create_optimizer,
         cfg.training,
         run,
+        keep_best=bool(cfg.keep_best),
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],
         data_collator=collator,
     )
     torch.set_float32_matmul_precision("highest")  # the merged weights differ by little
-    model = model.to(getattr(torch, cfg.score_dtype))
+    model = model.float()  # half-precision weights would round small updates away in the merge
     model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    model = model.to(getattr(torch, cfg.score_dtype))
     start = time.perf_counter()
     metrics["validation_nll"] = held_out_nll(model, tokenizer, sides["validation"])
     if cfg.score_test:

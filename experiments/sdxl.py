@@ -56,7 +56,7 @@ def main(cfg: DictConfig, run: Run) -> None:
     if cfg.fine_tune:
         metrics = fine_tune(cfg, run, pipeline, encoded, images)
         merge(pipeline.unet)
-        pipeline.unet.to(dtype)  # full fine-tuning holds it in float32
+    pipeline.to(dtype=getattr(torch, cfg.measure_dtype) if cfg.measure_dtype else dtype)
     if cfg.measure:
         metrics |= measure(cfg, images, data["base_style"])
     finish(run, metrics)

@@ -2,8 +2,10 @@
 
 import time
 from functools import partial
+from inspect import signature
 
-from hydra.utils import instantiate
+import torch
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
@@ -18,14 +20,21 @@ from oplora.studies.vl_bart.model import VLBart
 def complete(cfg: DictConfig) -> None:
     if cfg.method.adapter is None:  # full fine-tuning trains everything anyway, at one rate
         cfg.direct_lr = None
-    else:
-        OmegaConf.update(cfg, "method.adapter", cfg.trained_besides, force_add=True)
-    if cfg.dry_run:
-        cfg.training.per_device_train_batch_size = cfg.rows_per_batch  # Trainer's row is a batch
+        return
+    options = {key: value for key, value in cfg.trained_besides.items() if value is not None}
+    known = signature(get_object(cfg.method.adapter._target_)).parameters
+    if "bias" in options and not known.keys() & {"bias", "kwargs"}:
+        raise ValueError(
+            f"method={cfg.method.name} trains no biases beside its adapter: add "
+            "trained_besides.bias=null"
+        )
+    OmegaConf.update(cfg, "method.adapter", options, force_add=True)
 
 
 @fine_tuning("vl_bart", VLBart, complete)
 def main(cfg: DictConfig, run: Run) -> None:
+    if cfg.matmul_precision:
+        torch.set_float32_matmul_precision(cfg.matmul_precision)
     tokenizer = instantiate(cfg.tokenizer)
     sides = instantiate(cfg.data, _convert_="all")
     grids = instantiate(cfg.grids)
@@ -52,7 +61,7 @@ def main(cfg: DictConfig, run: Run) -> None:
     )
     metrics["epochs"] = epochs.history()
     if isinstance(adapted, PeftModel):
-        adapted.merge_and_unload()  # in place: what follows is `model` as it would be shipped
+        adapted.merge_adapter()  # in place: what follows is `model` as it would be shipped
     start = time.perf_counter()
     if cfg.score_test:
         metrics |= evaluate(sides["test"], run.path / "predictions.jsonl")

@@ -40,10 +40,11 @@ class Data:
     loss: Callable[[nn.Module, dict], Tensor] = lambda model, batch: model(**batch).loss
 
     def first(self, count: int, model: nn.Module) -> list[dict]:
-        """So many batches, where the model is; ValueError without any."""
+        """So many batches, on the device where both will be; ValueError without any."""
         if self.batches is None or not (found := list(islice(self.batches, count))):
             raise ValueError("this method initialises from data: give apply_method(…, batches=…)")
-        device = next(model.parameters()).device
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to(device)
         move = lambda value: value.to(device) if torch.is_tensor(value) else value  # noqa: E731
         return [{name: move(value) for name, value in batch.items()} for batch in found]
 
@@ -116,8 +117,12 @@ def set_direct_lr(optimizer: Optimizer, model: nn.Module, lr: float):
 
 
 def train_everything(model: nn.Module, adapter: None, data: Data):
-    """Full fine-tuning."""
-    return model.requires_grad_(True)
+    """Full fine-tuning; what is trained is held in float32, as adapters are."""
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 def add_adapter(model: nn.Module, adapter: PeftConfig, data: Data | None = None):
