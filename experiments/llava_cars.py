@@ -6,7 +6,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from peft import PeftModel
 
-from oplora.harness.finetuning import device, fine_tuning, finish, train
+from oplora.harness.finetuning import device, fine_tuning, finish, first_batches, train
 from oplora.harness.methods import apply_method
 from oplora.harness.runs import Run
 from oplora.studies.llava_cars.metrics import evaluate, guesses
@@ -35,7 +35,8 @@ def main(cfg: DictConfig, run: Run) -> None:
     pictures = model.cache_features(pictures, 1e9 * cfg.cache.limit_gb, cfg.cache.batch_size)
     metrics = guesses(labels["train"], labels["test"], classes)
     if cfg.fine_tune:
-        model, create_optimizer = apply_method(model, cfg.method, direct_lr=cfg.direct_lr)
+        batches = first_batches(pictures["train"], collator, cfg.training)
+        model, create_optimizer = apply_method(model, cfg.method, batches, direct_lr=cfg.direct_lr)
         metrics |= train(
             model,
             create_optimizer,

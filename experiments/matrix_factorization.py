@@ -22,6 +22,10 @@ def main(cfg: DictConfig) -> None:
             "mf_mlp_start or mf_matched_mlp_start"
         )
     problem, rule = instantiate(cfg.problem), instantiate(cfg.optimizer.rule)
+    ours = OmegaConf.is_interpolation(cfg, "rates")
+    if ours and cfg.problem.loss == "frobenius" and rule.func.follows_scale:
+        # the grids are of the mean: the sum's gradient is that many times as large
+        cfg.rates = [rate / (cfg.problem.rows * cfg.problem.columns) for rate in cfg.rates]
     config = OmegaConf.to_container(cfg, resolve=True)
     if not isinstance(config["seeds"], list) or not isinstance(config["rates"], list):
         raise ValueError(f"seeds={cfg.seeds} and rates={cfg.rates} must be lists, as in [0,1]")

@@ -9,9 +9,10 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from diffusers.training_utils import cast_training_params
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from transformers import default_data_collator
 
 from oplora.harness.assets import cache_folder
-from oplora.harness.finetuning import device, fine_tuning, finish, train
+from oplora.harness.finetuning import device, fine_tuning, finish, first_batches, train
 from oplora.harness.methods import apply_method
 from oplora.harness.runs import Run
 from oplora.studies.sdxl.diffusion import (
@@ -55,7 +56,7 @@ def main(cfg: DictConfig, run: Run) -> None:
     if cfg.fine_tune:
         metrics = fine_tune(cfg, run, pipeline, encoded, images)
         merge(pipeline.unet)
-        pipeline.unet.to(dtype)  # full fine-tuning holds it in float32
+    pipeline.to(dtype=getattr(torch, cfg.measure_dtype) if cfg.measure_dtype else dtype)
     if cfg.measure:
         metrics |= measure(cfg, images, data["base_style"])
     finish(run, metrics)
@@ -71,13 +72,20 @@ def fine_tune(
 ) -> dict:
     """Train the method's adapter in the pipeline's U-Net and export it; the run's figures."""
     pipeline.unet.requires_grad_(False)
-    unet, create_optimizer = apply_method(pipeline.unet, cfg.method, direct_lr=cfg.direct_lr)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    unet, create_optimizer = apply_method(
+        pipeline.unet,
+        cfg.method,
+        first_batches(encoded["train"], default_data_collator, cfg.training),
+        loss=lambda unet, batch: DenoisingLoss(unet, scheduler)(**batch)["loss"],
+        direct_lr=cfg.direct_lr,
+    )
     cast_training_params(unet)  # the adapter in float32 on a half-precision base
     initial = adapter_state(unet)
     validation = encoded.get("validation")
     steps = cfg.images.steps if cfg.measure else []
     metrics = train(
-        DenoisingLoss(unet, DDPMScheduler.from_config(pipeline.scheduler.config)),
+        DenoisingLoss(unet, scheduler),
         create_optimizer,
         cfg.training,
         run,
@@ -85,7 +93,7 @@ def fine_tune(
         eval_dataset=validation and held_out(validation, cfg.validation_draws),
         callbacks=[Snapshots(steps, partial(images.snapshot, count=cfg.images.at_steps))],
     )
-    export(unet, run.path / "adapter", initial)
+    export(unet, run.path / "adapter", initial, create_optimizer.factors(unet))
     return metrics | {"snapshots": images.snapshots()}
 
 

@@ -2,12 +2,14 @@
 
 import time
 from functools import partial
+from inspect import signature
 
-from hydra.utils import instantiate
+import torch
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
-from oplora.harness.finetuning import fine_tuning, finish, train
+from oplora.harness.finetuning import fine_tuning, finish, first_batches, train
 from oplora.harness.methods import apply_method
 from oplora.harness.runs import Run
 from oplora.studies.vl_bart.batches import MultitaskBatches, VLCollator, check_images
@@ -18,21 +20,30 @@ from oplora.studies.vl_bart.model import VLBart
 def complete(cfg: DictConfig) -> None:
     if cfg.method.adapter is None:  # full fine-tuning trains everything anyway, at one rate
         cfg.direct_lr = None
-    else:
-        OmegaConf.update(cfg, "method.adapter", cfg.trained_besides, force_add=True)
-    if cfg.dry_run:
-        cfg.training.per_device_train_batch_size = cfg.rows_per_batch  # Trainer's row is a batch
+        return
+    options = {key: value for key, value in cfg.trained_besides.items() if value is not None}
+    known = signature(get_object(cfg.method.adapter._target_)).parameters
+    if "bias" in options and not known.keys() & {"bias", "kwargs"}:
+        raise ValueError(
+            f"method={cfg.method.name} trains no biases beside its adapter: add "
+            "trained_besides.bias=null"
+        )
+    OmegaConf.update(cfg, "method.adapter", options, force_add=True)
 
 
 @fine_tuning("vl_bart", VLBart, complete)
 def main(cfg: DictConfig, run: Run) -> None:
+    if cfg.matmul_precision:
+        torch.set_float32_matmul_precision(cfg.matmul_precision)
     tokenizer = instantiate(cfg.tokenizer)
     sides = instantiate(cfg.data, _convert_="all")
     grids = instantiate(cfg.grids)
     check_images((i for side in sides.values() for each in side.values() for i in each), grids)
     collator = VLCollator(tokenizer, grids, cfg.tasks)
     model = instantiate(cfg.model)
-    adapted, create_optimizer = apply_method(model, cfg.method, direct_lr=cfg.direct_lr)
+    rows = MultitaskBatches(sides["train"], cfg.batch_sizes, cfg.seed)
+    batches = first_batches(rows, collator, cfg.training)
+    adapted, create_optimizer = apply_method(model, cfg.method, batches, direct_lr=cfg.direct_lr)
     evaluate = partial(instantiate(cfg.evaluate), model, tokenizer, collator.inputs)
     equal = dict.fromkeys(cfg.tasks, cfg.evaluate.batch_size)  # Trainer averages over batches
     epochs = EpochScores(
@@ -43,14 +54,14 @@ def main(cfg: DictConfig, run: Run) -> None:
         create_optimizer,
         cfg.training,
         run,
-        train_dataset=MultitaskBatches(sides["train"], cfg.batch_sizes, cfg.seed),
+        train_dataset=rows,
         eval_dataset=MultitaskBatches(sides["validation"], equal, None),
         data_collator=collator,
         callbacks=[epochs],
     )
     metrics["epochs"] = epochs.history()
     if isinstance(adapted, PeftModel):
-        adapted.merge_and_unload()  # in place: what follows is `model` as it would be shipped
+        adapted.merge_adapter()  # in place: what follows is `model` as it would be shipped
     start = time.perf_counter()
     if cfg.score_test:
         metrics |= evaluate(sides["test"], run.path / "predictions.jsonl")

@@ -10,7 +10,9 @@ _HOMES = {
     "OPOptimizer": "optimizer",
     "OPTrainer": "trainer",
     "OPTrainerMixin": "trainer",
+    "ScaleAdamW": "scale",
     "create_oplora_optimizer": "peft",
+    "create_scale_optimizer": "peft",
     "parameter_report": "peft",
 }
 __all__ = list(_HOMES)

@@ -28,7 +28,7 @@ class Moments:
             n: {key: torch.zeros_like(t) for key, t in stack.stacked.items()} for n in names
         }
         self.trunks = {n: stack.per_block(moments) for n, moments in self.stacked.items()}
-        self.W2 = {n: [W2.new_zeros(0, W2.shape[1]) for W2 in stack.rows.W2] for n in names}
+        self.W2 = {n: [torch.zeros_like(W2) for W2 in stack.rows.W2] for n in names}
 
     def of_trunks(self, members: list[int], gradients: dict[str, Tensor]) -> tuple:
         """Tensors, gradients, mu, nu and steps of z, W1, b1, b2 for one step more of these blocks.
@@ -148,7 +148,8 @@ class OPAdamW(OPOptimizer):
     # State
 
     def moments_of(self, part: Part, i: int) -> dict[str, dict]:
-        return part.moments.state(i) if part.moments else {}
+        part.moments = part.moments or Moments(part.stack)
+        return part.moments.state(i)
 
     def load_moments(self, saved: list[tuple[Part, int, dict[str, dict]]], direct: dict[int, dict]):
         saving.load_inner(self.inner, direct)
@@ -162,6 +163,9 @@ class OPAdamW(OPOptimizer):
             moments.even = len({float(step) for step in moments.steps}) == 1
 
     def load_state_dict(self, state_dict: dict[str, Any]):
+        number = state_dict["param_groups"][0].get("restarts", 0)
+        if number != self.param_groups[0].get("restarts", 0):
+            self.restart(number)
         for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for key in ("seed", *INITIAL):  # not all rows of W2 are saved
                 if key in saved and saved[key] != mine[key] and key != "z_dim":

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oplora import saving
+from oplora import dcp, saving
 from oplora.stack import MLPStack
 from oplora.tensors import check_tensor, local, places, state_dtype, whole
 
@@ -218,7 +218,7 @@ class OPOptimizer(Optimizer):
     def add_param_group(self, group: dict):
         """Add tensors, (name, tensor) pairs or blocks (lists of these) with their options."""
         index = len(self.param_groups)
-        blocks, names = _blocks(group["params"], f"group {index}")
+        blocks, names = blocks_of(group["params"], f"group {index}")
         group = {**group, "params": list(chain(*blocks))}
         width = group.get("mlp_width", self.defaults["mlp_width"])
         if not isinstance(width, int) or width < 0:
@@ -258,6 +258,7 @@ class OPOptimizer(Optimizer):
                 width=group["mlp_width"],
                 dtype=dtype,
                 seed=group["seed"],
+                restarts=group.get("restarts", 0),
                 rows=self.rows,
                 already_written=already_written,
                 **{key: group[key] for key in INITIAL},
@@ -293,12 +294,29 @@ class OPOptimizer(Optimizer):
                 "the adapter's tensors were moved to another device or replaced between two "
                 "steps: move and wrap the model before training and before load_state_dict"
             )
+        self._built = [(list(group["params"]), *rest) for group, (_, *rest) in groups]
+        self._build_all(already_written=True)
+
+    def _build_all(self, already_written: bool):
         self.parts.clear()
         self.stacks.clear()
         self.inner.param_groups.clear()
-        self._built = [(list(group["params"]), *rest) for group, (_, *rest) in groups]
-        for index in range(len(groups)):
-            self._build(index, already_written=True)
+        for index in range(len(self.param_groups)):
+            self._build(index, already_written)
+
+    @torch.no_grad()
+    def restart(self, number: int):
+        """New MLPs without moments for what the tensors hold now, as at the start (chains of LoRA).
+
+        number: of the restart; with the seed it fixes the new MLPs, and is part of the state.
+        """
+        for group in self.param_groups:
+            group["restarts"] = number
+        direct = {p for g in self.param_groups if not g["mlp_width"] for p in g["params"]}
+        for tensor in list(self.inner.state):
+            if tensor not in direct:
+                del self.inner.state[tensor]
+        self._build_all(already_written=False)
 
     # State
 
@@ -309,11 +327,22 @@ class OPOptimizer(Optimizer):
         "exp_avg" and the like are those of its columns of W2, (rows, *shape of the tensor);
         "b2_exp_avg", … those of b2; a block's first tensor has those of z, W1 and b1, too.
         """
+        if dcp.asks():
+            return {tensor: {dcp.KEY: {}} for tensor in self.tensors()}
         return saving.state_by_tensor(self)
 
     @state.setter
     def state(self, _):
         """torch's constructor and its loading assign what `inner` and the parts hold here."""
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the groups."""
+        return [tensor for group in self.param_groups for tensor in group["params"]]
+
+    def blocks(self) -> list[tuple[Part, int]]:
+        """Part and number of the block of all MLPs."""
+        parts = [part for part in self.parts if part.stack is not None]
+        return [(part, i) for part in parts for i in range(len(part.stack.trunks))]
 
     def tensor_names(self) -> list[str]:
         """Names of all tensors, in the order of the groups."""
@@ -332,25 +361,29 @@ class OPOptimizer(Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """MLPs and moments, as tensors and numbers only (`oplora.saving`)."""
+        """MLPs and moments, as tensors and numbers only (`oplora.saving`, for DCP `oplora.dcp`)."""
         return saving.state_dict(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]):
         """Resume exactly; ValueError, with nothing changed, if the state is not of these MLPs."""
         saving.load_state_dict(self, state_dict, super().load_state_dict)
 
+    def mlp_tensors(self, part: Part, i: int) -> dict[str, Tensor]:
+        """The tensors of block i's MLP, by name."""
+        return {**part.stack.trunks[i], "W2": part.stack.rows.W2[i]}
+
     def moments_of(self, part: Part, i: int) -> dict[str, dict]:
         """State of the optimizer for the MLP of block i, by the names of its tensors."""
-        tensors = {**part.stack.trunks[i], "W2": part.stack.rows.W2[i]}
-        found = {name: self.inner.state.get(tensor, {}) for name, tensor in tensors.items()}
+        tensors = self.mlp_tensors(part, i).items()
+        found = {name: self.inner.state.get(tensor, {}) for name, tensor in tensors}
         return {name: state for name, state in found.items() if state}
 
     def load_moments(self, saved: list[tuple[Part, int, dict[str, dict]]], direct: dict[int, dict]):
         """Inverse of `moments_of` for all blocks; direct: by id, of directly trained tensors."""
         states = dict(direct)
         for part, i, moments in saved:
-            tensors = {**part.stack.trunks[i], "W2": part.stack.rows.W2[i]}
-            states |= {id(tensor): moments.get(name) for name, tensor in tensors.items()}
+            tensors = self.mlp_tensors(part, i).items()
+            states |= {id(tensor): moments.get(name) for name, tensor in tensors}
         saving.load_inner(self.inner, states)
 
     # Report
@@ -368,14 +401,8 @@ class OPOptimizer(Optimizer):
     def state_bytes(self) -> int:
         """Bytes of MLPs and optimizer state on this rank now."""
         mlp = [tensor for stack in self.stacks for tensor in stack.in_memory()]
-        stacked = [part for part in self.parts if part.stack is not None]
-        states = [
-            state
-            for part in stacked
-            for i in range(len(part.stack.trunks))
-            for state in self.moments_of(part, i).values()
-        ]
-        own = {id(t) for part in stacked for t in self._inner_parameters(part.stack)}
+        states = [s for part, i in self.blocks() for s in self.moments_of(part, i).values()]
+        own = {id(t) for stack in self.stacks for t in self._inner_parameters(stack)}
         states += [state for tensor, state in self.inner.state.items() if id(tensor) not in own]
         moments = [t for state in states for t in state.values() if torch.is_tensor(t)]
         return sum(t.numel() * t.element_size() for t in mlp + moments)
@@ -450,7 +477,7 @@ def _inner_optimizer(cls: type[Optimizer], kwargs: dict[str, Any]) -> Optimizer:
     return cls([torch.zeros(1, 1)], **kwargs)
 
 
-def _blocks(params, group: str) -> tuple[list[list], list[list[str]]]:
+def blocks_of(params, group: str) -> tuple[list[list], list[list[str]]]:
     """Blocks of tensors and their names from tensors, (name, tensor) pairs and lists of these."""
     blocks, names = [], []
     for number, item in enumerate([params] if isinstance(params, Tensor) else list(params)):

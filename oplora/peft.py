@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from oplora.adamw import OPAdamW
 from oplora.optimizer import OPOptimizer, check_optimizer, with_keywords_of
+from oplora.scale import ScaleAdamW
 from oplora.tensors import whole
 
 # What wrappers put into parameter names: without it a name, and so the MLP that it seeds, is the
@@ -95,6 +96,32 @@ def create_oplora_lite_optimizer(
     return create_oplora_optimizer(model, lite=True, **options)
 
 
+@with_keywords_of(ScaleAdamW.__init__)
+def create_scale_optimizer(
+    model: nn.Module | Sequence[nn.Module],
+    optimizer_cls: type[Optimizer] = torch.optim.AdamW,
+    *,
+    lr: float = 1e-3,
+    direct_lr: float | None = None,
+    **kwargs,
+) -> ScaleAdamW:
+    """AdamW with a learned scale of its steps for every adapted layer, in place of an MLP.
+
+    model, direct_lr: as for `create_oplora_optimizer`. optimizer_cls: for callers that name one;
+    only AdamW. lr: of the first step; what is found afterwards depends little on it.
+    kwargs: of `ScaleAdamW` (betas, eps, weight_decay, eta, stretch).
+    """
+    if optimizer_cls is not torch.optim.AdamW:
+        check_optimizer(optimizer_cls)
+        raise ValueError(f"the scale needs optimizer=adamw, not {optimizer_cls.__name__}")
+    model = _unwrap(model)
+    blocks, others = _found_blocks(model)
+    pairs = [list(zip(block.names, block.tensors, strict=True)) for block in blocks]
+    direct = {"scaled": False, "lr": lr if direct_lr is None else direct_lr}
+    groups = [{"params": pairs}, *({**group, **direct} for group in decay_groups(model, others))]
+    return ScaleAdamW(groups, lr=lr, **kwargs)
+
+
 def oplora_groups(
     model: nn.Module | Sequence[nn.Module],
     mlp_width: int = 32,
@@ -107,13 +134,7 @@ def oplora_groups(
 ) -> list[dict]:
     """Parameter groups for `OPOptimizer`: all blocks, then what is trained directly."""
     model = _unwrap(model)
-    blocks, others = adapter_blocks(model)
-    if not blocks:
-        raise ValueError(
-            "the model trains no tensor of an adapted layer: add an adapter (get_peft_model, "
-            "add_adapter), activate it (set_adapter) and do not freeze it; prompt-learning "
-            "methods have no adapted layers"
-        )
+    blocks, others = _found_blocks(model)
     starts = [starts_of(block, start, init) for block in blocks]
     pairs = [list(zip(block.names, block.tensors, strict=True)) for block in blocks]
     if not shared_trunk:
@@ -128,6 +149,18 @@ def oplora_groups(
     rate = {} if direct_lr is None else {"lr": direct_lr}
     direct = [{**group, "mlp_width": 0, **rate} for group in decay_groups(model, others)]
     return groups + direct
+
+
+def _found_blocks(model: nn.Module) -> tuple[list[Block], list[tuple[str, Tensor]]]:
+    """`adapter_blocks`, of which there must be some."""
+    blocks, others = adapter_blocks(model)
+    if not blocks:
+        raise ValueError(
+            "the model trains no tensor of an adapted layer: add an adapter (get_peft_model, "
+            "add_adapter), activate it (set_adapter) and do not freeze it; prompt-learning "
+            "methods have no adapted layers"
+        )
+    return blocks, others
 
 
 def _by_rate(names: list[str], layer_lr: dict[str, float]) -> dict[float | None, list[int]]:

@@ -1,18 +1,20 @@
 """State of an `oplora.optimizer.OPOptimizer` as tensors and numbers (loads with weights_only=True).
 
 The entry of a block's first tensor holds {"mlp", "active", "starts", "inner"}: the MLP by the names
-of its tensors, how many rows of W2 have moments, how the block's tensors started, and the
-optimizer's state of the MLP's tensors. Entries
-of directly trained tensors are the inner optimizer's. "names" are those of all tensors, by which
-they are found again in another order.
+of its tensors, how many rows of W2 are kept, how the block's tensors started, and the optimizer's
+state of the MLP's tensors. Entries of directly trained tensors are the inner optimizer's. "names"
+are those of all tensors, by which they are found again in another order.
+torch.distributed.checkpoint, and whoever asks under FSDP2, gets the layout of `oplora.dcp`.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from oplora import dcp
 from oplora.tensors import local
 
 
@@ -20,16 +22,19 @@ def state_dict(optimizer, groups: dict[str, Any]) -> dict[str, Any]:
     """groups: what torch's own state_dict makes of the parameter groups."""
     if not optimizer.trained:
         optimizer.follow_model()
-    number = {id(p): i for i, p in enumerate(_parameters(optimizer))}
+    tensors = optimizer.tensors()
+    number = {id(p): i for i, p in enumerate(tensors)}
     inner = optimizer.inner.state.items()
     state = {number[id(p)]: s for p, s in inner if id(p) in number}
-    for part, i in _blocks(optimizer):
+    for part, i in optimizer.blocks():
         state[number[id(part.stack.tensors.blocks[i][0])]] = {
             "mlp": part.stack.state(i),
             "active": part.stack.rows.active[i],
             "starts": part.stack.starts[i],
             "inner": optimizer.moments_of(part, i),
         }
+    if dcp.asks() or any(isinstance(tensor, DTensor) for tensor in tensors):
+        state = dcp.cut(optimizer, state)
     return {**groups, "state": state, "names": optimizer.tensor_names()}
 
 
@@ -40,10 +45,12 @@ def load_state_dict(optimizer, saved: dict[str, Any], load_groups: Callable[[dic
     load_groups: torch's own load_state_dict.
     """
     optimizer.follow_model()
-    params = _parameters(optimizer)
+    params = optimizer.tensors()
     number = {id(p): i for i, p in zip(_keys(optimizer, saved), params, strict=True)}
     state, entries = saved["state"], []
-    for part, i in _blocks(optimizer):
+    if any(dcp.KEY in entry for entry in state.values()):
+        state = dcp.join(optimizer, state, number)
+    for part, i in optimizer.blocks():
         block = part.stack.tensors.blocks[i]
         entry = state.get(number[id(block[0])], {})
         if "mlp" not in entry:
@@ -53,7 +60,7 @@ def load_state_dict(optimizer, saved: dict[str, Any], load_groups: Callable[[dic
             )
         part.stack.check(i, entry["mlp"], entry["active"])
         entries.append((part, i, entry))
-    first = {id(part.stack.tensors.blocks[i][0]) for part, i in _blocks(optimizer)}
+    first = {id(part.stack.tensors.blocks[i][0]) for part, i in optimizer.blocks()}
     others = {id(p): state.get(number[id(p)], {}) for p in params if id(p) not in first}
     if any("mlp" in entry for entry in others.values()):
         raise ValueError(
@@ -95,14 +102,16 @@ def load_inner(inner: Optimizer, states: dict[int, dict | None]):
     flat = [p for group in inner.param_groups for p in group["params"]]
     packed = inner.state_dict()
     packed["state"] = {i: states[id(p)] for i, p in enumerate(flat) if states.get(id(p))}
+    defaults = dict(inner.defaults)
     inner.load_state_dict(packed)
+    inner.defaults = defaults  # torch adds "differentiable" where a class does not know it
 
 
 def state_by_tensor(optimizer) -> dict[torch.Tensor, dict[str, Any]]:
     """`OPOptimizer.state`: what torch code looks for at the tensors that it knows."""
-    params = {id(p) for p in _parameters(optimizer)}
+    params = {id(p) for p in optimizer.tensors()}
     result = {p: state for p, state in optimizer.inner.state.items() if id(p) in params}
-    for part, i in _blocks(optimizer):
+    for part, i in optimizer.blocks():
         moments, first = optimizer.moments_of(part, i), 0
         for number, tensor in enumerate(part.stack.tensors.blocks[i]):
             own = result[tensor] = {"step": torch.zeros((), dtype=torch.float32)}
@@ -113,19 +122,10 @@ def state_by_tensor(optimizer) -> dict[torch.Tensor, dict[str, Any]]:
                 for key, value in values.items():
                     whole = not torch.is_tensor(value) or not value.ndim
                     if name == "W2":
-                        own[key] = value if whole else value[:, columns].view(-1, *mine.shape)
+                        rows = () if whole else (len(value), *mine.shape)
+                        own[key] = value if whole else value[:, columns].view(rows)
                     elif name == "b2":
                         own[f"b2_{key}"] = value if whole else value[columns].view(mine.shape)
                     elif not number:
                         own[f"{name}_{key}"] = value
     return result
-
-
-def _parameters(optimizer) -> list:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _blocks(optimizer) -> list[tuple]:
-    """(part, number of a block) of all MLPs."""
-    parts = [part for part in optimizer.parts if part.stack is not None]
-    return [(part, i) for part in parts for i in range(len(part.stack.trunks))]

@@ -37,11 +37,13 @@ class MLPStack:
         dtype: torch.dtype,
         seed: int,
         rows: str,
+        restarts: int = 0,
         already_written: bool = False,
         **initial,
     ):
         self.tensors = BlockTensors(blocks, names, dtype)
         self.width, self._initial = width, dict(seed=seed, dtype=dtype, **initial)
+        self._restarts = f"{restarts}/" if restarts else ""
         self.starts = [
             resolve_starts(start, self.tensors.are_zero(i)) if isinstance(start, str) else start
             for i, start in enumerate(starts)
@@ -74,7 +76,7 @@ class MLPStack:
         """
         block, options = self.tensors.blocks[i], dict(self._initial)
         tensors = [whole(t) for t in block]
-        generator = generator_for(options.pop("seed"), self.tensors.names[i][0])
+        generator = generator_for(options.pop("seed"), self._restarts + self.tensors.names[i][0])
         mlp = initial_mlp(tensors, self.starts[i], self.width, generator=generator, **options)
         if self.tensors.mesh is not None:
             sizes = [t.numel() for t in tensors]

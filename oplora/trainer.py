@@ -85,11 +85,6 @@ class OPTrainerMixin:
             raise ValueError(
                 f"FSDP{version} flattens the adapters: use FSDP2 (fsdp_version: 2 in fsdp_config)"
             )
-        if self.args.save_strategy != "no" and not self.args.save_only_model:
-            raise ValueError(
-                "checkpoints of the optimizer are not supported under FSDP2: set "
-                "save_only_model=True or save_strategy='no'"
-            )
 
     # The optimizer
 

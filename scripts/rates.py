@@ -6,13 +6,15 @@ python scripts/rates.py vl_bart --grids lora oplora  → a line per grid: its me
 
 import argparse
 import sys
+from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
 
 from oplora import report
 from oplora.harness.runs import load_runs
-from oplora.report.titles import CONFIGS, method
+from oplora.report.titles import CONFIGS, method, methods
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published"
 
@@ -27,7 +29,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     try:
         if arguments.grids:
-            lines = grids(arguments.experiment, arguments.methods)
+            lines = grids(arguments.experiment, arguments.methods, arguments.preset)
         else:
             lines = [chosen(arguments)]
     except ValueError as error:
@@ -38,10 +40,12 @@ def main() -> int:
 
 
 def chosen(arguments: argparse.Namespace) -> str:
-    records, _ = load_runs(arguments.runs / arguments.experiment / arguments.preset)
-    rates = {}
-    for comparison in report.comparisons(records):
-        rates |= comparison.chosen
+    known(arguments.experiment, [experiment.name for experiment in report.experiments()])
+    for name in arguments.methods:
+        known(name, methods())
+    records, problems = load_runs(arguments.runs / arguments.experiment / arguments.preset)
+    found = report.Report(arguments.runs, records, problems).rates.get(arguments.experiment, {})
+    rates = found.get(arguments.preset, {})
     missing = [method for method in arguments.methods if method not in rates]
     if missing or not arguments.methods:
         raise ValueError(
@@ -52,13 +56,22 @@ def chosen(arguments: argparse.Namespace) -> str:
     return " ".join(f"{method}={rates[method]:g}" for method in arguments.methods)
 
 
-def grids(experiment: str, methods: list[str]) -> list[str]:
-    known = yaml.safe_load((CONFIGS / "grids.yaml").read_text(encoding="utf-8"))
-    if experiment not in known:
-        raise ValueError(f"{experiment} has no sweep of rates: choose one of {', '.join(known)}")
-    rates = known[experiment]
-    by_grid: dict[str, list[str]] = {grid: [] for grid in rates if grid != "methods"}
-    for name in methods or rates["methods"]:
+def known(name: str, names: Collection[str]) -> None:
+    """ValueError where it is none of these, with those that are spelt alike."""
+    if name not in names:
+        near = get_close_matches(name, names) or names
+        raise ValueError(f"there is no {name}: did you mean {' or '.join(near)}?")
+
+
+def grids(experiment: str, wanted: list[str], preset: str = "small") -> list[str]:
+    swept = yaml.safe_load((CONFIGS / "grids.yaml").read_text(encoding="utf-8"))
+    known(experiment, swept)
+    rates = swept[experiment] | swept[experiment].get(preset, {})
+    by_grid: dict[str, list[str]] = {
+        grid: [] for grid in ("plain", "text", "full") if grid in rates
+    }
+    for name in wanted or rates["methods"]:
+        known(name, methods())
         grid = method(name).grid
         if grid not in by_grid:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Render tables, figures and verdicts from finished runs.
 
-python scripts/report.py                                 results/published, and the README's tables
+python scripts/report.py                   results/published, and the tables of README.md and docs/
 python scripts/report.py results/runs --out results/report
 """
 
@@ -9,11 +9,15 @@ import ast
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+import pandas
+
 from oplora.harness.runs import write_atomically
-from oplora.report import Report, build, claims, experiments, fill
+from oplora.report import Report, build, experiments, fill
 from oplora.report.page import Statement, Table, markdown_table
+from oplora.report.titles import title
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -23,24 +27,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="?", type=Path, help="default: results/published")
     parser.add_argument("--out", type=Path, help="default: RUNS/report")
+    parser.add_argument("--against", type=Path, help="published runs to compare them with")
     arguments = parser.parse_args()
     runs = arguments.runs or PUBLISHED
     start = time.perf_counter()
     try:
-        report = build(runs)
+        report = build(runs, arguments.against)
         path = report.write(arguments.out or runs / "report")
         if arguments.runs is None:
-            fill_readme(report, ROOT / "README.md")
+            fill_texts(report, [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if report.against:
+        print(f"\n{report.against.caption}\n\n{report.against.frame.to_string(index=False)}\n")
     print(f"{path} ({time.perf_counter() - start:.0f} s)")
     return 0
 
 
-def fill_readme(report: Report, readme: Path) -> None:
-    """The README's tables and statements, its list of files, and the measured commands."""
-    texts = {
+def fill_texts(report: Report, paths: Iterable[Path]) -> None:
+    """Tables and statements between markers, the list of files, and the measured commands."""
+    texts = dict.fromkeys(("answer", "which"), "Not run yet: `make reproduce`.")
+    texts["memory"] = "Not measured yet: `make benchmark`."
+    texts |= {
         name: f"Not run yet: `scripts/sweep_learning_rates.sh {experiment.name}`, then "
         "`sweep_seeds.sh`."
         for experiment in experiments()
@@ -51,13 +60,13 @@ def fill_readme(report: Report, readme: Path) -> None:
             texts[part.name] = markdown_table(part.compact)
         elif isinstance(part, Statement):
             texts[part.name] = part.text
-    texts["claims_short"] = markdown_table(claims.short(report.claims))
-    texts |= {"commands": commands(), "files": files()}
-    write_atomically(readme, fill(readme.read_text(encoding="utf-8"), texts))
+    texts |= {"commands": commands(), "files": files(), "paper_scale": paper_scale()}
+    for path in paths:
+        write_atomically(path, fill(path.read_text(encoding="utf-8"), texts))
 
 
 def commands() -> str:
-    """What the README's commands cost, from scripts/measure_commands.py."""
+    """What the README's two commands cost, from scripts/measure_commands.py."""
     measured = json.loads((ROOT / "results" / "benchmarks" / "commands.json").read_text())
     minutes = {c["command"]: c["minutes"] for c in measured["commands"]}
     return (
@@ -68,6 +77,32 @@ def commands() -> str:
         f"MB of results; started again it skips what is there and renders the report anew in "
         f"{measured['reproduce_again_seconds']:.0f} s."
     )
+
+
+def paper_scale() -> str:
+    """What the paper presets need, from scripts/expected_costs.py: a row per experiment."""
+    path = ROOT / "results" / "benchmarks" / "paper_scale.json"
+    by_title: dict[str, list[dict]] = {}
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        by_title.setdefault(row["title"], []).append(row)
+
+    def each(rows: list[dict], key: str, unit: float, digits: int) -> str:
+        return " / ".join(f"{row[key] / unit:.{digits}f}" for row in rows)
+
+    table = [
+        {
+            "experiment": name,
+            "methods": " / ".join(title(row["method"]) for row in rows),
+            "GPU memory, GB": each(rows, "memory_bytes", 1e9, 0),
+            "training, h": each(rows, "training_seconds", 3600, 1),
+            "evaluation, h": each(rows[:1], "evaluation_seconds", 3600, 1),
+            "disk, GB": each(rows, "disk_bytes", 1e9, 0),
+            "assumed of an H100": f"{rows[0]['utilisation']:.0%} of {rows[0]['peak_tflops']} "
+            "TFLOP/s",
+        }
+        for name, rows in by_title.items()
+    ]
+    return markdown_table(pandas.DataFrame(table))
 
 
 def files() -> str:

@@ -10,33 +10,42 @@ export PYTHON=${PYTHON:-python}
 JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 export JOBS
 
-render() { "$PYTHON" scripts/report.py "$runs" --out "$report" || status=1; }
+export TQDM_DISABLE=1 PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning} # one line is enough
+
+render() { run "$PYTHON" scripts/report.py "$runs" --out "$report" "$@" || status=1; }
 
 factorize() { multirun matrix_factorization runtime.runs_dir="$runs" "$@"; }
 
-small() { # EXPERIMENT [BASE_MODEL OVERRIDES…]
-  local experiment=$1 base=${2:-} rates
-  shift $(($# > 1 ? 2 : 1))
+plan=(matrix_factorization=15) small=()
+add() { # EXPERIMENT RUNS [BASE_MODEL]: of it, if it can be run
+  local base=${3:-} rates
   if [ -n "$base" ] && [ ! -e "results/base_models/$base" ]; then
-    echo "skipping $experiment: make its base model with python base_models/$base/pretrain.py"
-    return
+    echo "skipping $1: make its base model with python base_models/$base/pretrain.py"
+  elif rates=$("$PYTHON" scripts/rates.py "$1" lora oplora); then
+    plan+=("$1=$2") small+=("$1 $rates")
+  else
+    echo "skipping $1: see above"
   fi
-  if ! rates=$("$PYTHON" scripts/rates.py "$experiment" lora oplora); then
-    echo "skipping $experiment: see above"
-    return
-  fi
-  # one run at a time on all cores
-  SEEDS=0 JOBS=1 scripts/sweep_seeds.sh "$experiment" $rates runtime.runs_dir="$runs" \
-    runtime.threads="$JOBS" "$@" || status=1
 }
 
 factorize method=opmf,mf optimizer=sgd # the first figure, in about a minute
 render
+add vl_bart 2 tiny_vl_bart
+add sdxl 3 tiny_sdxl # with the base model as it is
+add llava_cars 2 tiny_llava
+add commonsense 2
+"$PYTHON" scripts/progress.py "$runs" "${plan[@]}" &
+progress=$!
+jobs+=($progress)
+
 factorize method=opmf,mf,mf_matched,mf_mlp_start,mf_matched_mlp_start optimizer=adam,momentum,sgd
 multirun rotated_mnist runtime.runs_dir="$runs" preset=small method=oplora,lora # all rates and seeds
-small vl_bart tiny_vl_bart
-small sdxl tiny_sdxl dataset=twemoji
-small llava_cars tiny_llava
-small commonsense
-render
+for experiment in ${small[@]+"${small[@]}"}; do # one run at a time on all cores
+  [[ $experiment != sdxl* ]] || experiment+=" dataset=twemoji"
+  # shellcheck disable=SC2086 # one word per argument
+  run env SEEDS=0 JOBS=1 WITHIN=reproduce scripts/sweep_seeds.sh $experiment \
+    runtime.runs_dir="$runs" runtime.threads="$JOBS" || status=1
+done
+kill -TERM -- "-$progress" 2> /dev/null
+render --against results/published
 exit $status

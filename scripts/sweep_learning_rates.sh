@@ -24,7 +24,8 @@ for override in "${overrides[@]}"; do
   esac
 done
 # shellcheck disable=SC2086 # one word per method
-grids=$("${PYTHON:-python}" scripts/rates.py "$experiment" --grids ${methods//,/ }) || exit 2
+grids=$("${PYTHON:-python}" scripts/rates.py "$experiment" --preset "${overrides[0]#preset=}" --grids \
+  ${methods//,/ }) || exit 2
 while read -r names learning_rates; do
   multirun "$experiment" "$train_only" "method=$names" "lr=$learning_rates" "${kept[@]}" < /dev/null
 done <<< "$grids"

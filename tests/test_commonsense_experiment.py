@@ -5,10 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 from processes import kill_once, only_run, run_here
-from tiny_language_model import tiny_llama, tiny_tokenizer
+from tiny_language_model import tiny_llama, tiny_tokenizer, with_llamas_tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
+from oplora.harness.finetuning import BestWeights
+from oplora.studies.commonsense.metrics import held_out_nll
 from oplora.studies.commonsense.packaged_items import TASKS
+from oplora.studies.commonsense.tasks import paper_sides
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def setting(tmp_path_factory):
     """A model folder, and records in the file layout of the LLM-Adapters repository."""
     folder = tmp_path_factory.mktemp("commonsense")
-    tokenizer = tiny_tokenizer("left")
+    tokenizer = with_llamas_tokens(tiny_tokenizer("left"))
     tokenizer.save_pretrained(folder / "model")
     tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
 
@@ -49,10 +55,11 @@ def command(setting, runs, *overrides):
     return [
         sys.executable, "experiments/commonsense.py", f"runtime.runs_dir={runs}",
         f"model.pretrained_model_name_or_path={model}", "model.dtype=float32",
-        f"tokenizer.pretrained_model_name_or_path={model}", "~tokenizer.pad_token",
+        f"tokenizer.pretrained_model_name_or_path={model}",
         f"records={setting / 'records'}", "data.validation_rows=8", "score_dtype=float32",
         "~model.revision", "~tokenizer.revision", "rank=2", "alpha=4", "mlp_width=4",
         "training.bf16=false", "+training.use_cpu=true", "training.per_device_train_batch_size=4",
+        "training.gradient_accumulation_steps=1",
         "training.eval_steps=3", "training.save_steps=3", "evaluate.max_new_tokens=4",
         "evaluate.num_beams=2", *overrides,
     ]  # fmt: skip
@@ -117,10 +124,71 @@ def test_a_run_that_diverges_is_recorded_and_not_tried_again(setting, tmp_path, 
     assert run(setting, tmp_path, *arguments).returncode == 0
 
 
-def test_a_method_that_reads_data_first_is_refused_at_once(setting, tmp_path):
-    done = run(setting, tmp_path / "runs", "method=eva")
-    assert done.returncode == 2 and "apply_method" in done.stderr
-    assert not (tmp_path / "runs").exists()
+def test_scores_keep_updates_that_half_precision_weights_would_round_away(setting, tmp_path):
+    half = ["model.dtype=bfloat16", "training.bf16=true", "score_test=false", "method=lora"]
+    done = run(setting, tmp_path, *half, "lr=1e-3", "training.num_train_epochs=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    path, metrics = only_run(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(setting / "model")
+    rows = paper_sides(
+        tokenizer, 0, source=str(setting / "records"), validation_rows=8,
+        train_file="ft-training_set/commonsense_170k.json", test_file="dataset/{folder}/test.json",
+    )["validation"]  # fmt: skip
+
+    def nll(dtype):  # merged in this type
+        base = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.bfloat16)
+        model = PeftModel.from_pretrained(base, path / "adapter").to(dtype).merge_and_unload()
+        return held_out_nll(model.float(), tokenizer, rows)
+
+    assert metrics["validation_nll"] == pytest.approx(nll(torch.float32), abs=1e-6)
+    assert abs(nll(torch.bfloat16) - nll(torch.float32)) > 1e-5
+
+
+def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path):
+    model, path = torch.nn.Linear(2, 2), tmp_path / "checkpoints" / "best.safetensors"
+    best = BestWeights(model, path)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, float("nan")), (4, 2.0)):
+        torch.nn.init.constant_(model.weight, step)
+        best.on_evaluate(None, TrainerState(global_step=step), None, {"eval_loss": loss})
+    again = BestWeights(model, path)  # after a cut
+    again.on_evaluate(None, TrainerState(global_step=5), None, {"eval_loss": 1.5})
+    again.load()
+    assert again.step == 2 and (model.weight == 2).all()
+    assert not path.with_suffix(".partial").exists()
+
+
+@pytest.mark.parametrize("method", ["eva", "adalora"])
+def test_methods_that_read_data_or_the_number_of_steps_first(setting, tmp_path, method):
+    short = ["training.num_train_epochs=1", "train_rows=32", "score_test=false"]
+    done = run(setting, tmp_path, f"method={method}", *short)
+    assert done.returncode == 0, done.stderr[-3000:]
+    path, metrics = only_run(tmp_path)
+    assert metrics["steps"] == 8
+    config = json.loads((path / "adapter" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] == (method if method != "adalora" else True)
+    assert config.get("total_step") == (8 if method == "adalora" else None)
+
+
+def test_an_optimizer_that_finds_its_rate_shows_what_it_is_given():
+    script = [sys.executable, "experiments/commonsense.py", "preset=small", "dry_run=true"]
+    assert "learning rate 1, seed 0" in run_here([*script, "optimizer=prodigy"]).stdout
+    assert "learning rate 0.0001, seed 0" in run_here(script).stdout
+
+
+def test_a_method_that_reads_data_first_reads_the_training_s(setting, tmp_path):
+    done = run(setting, tmp_path / "runs", "method=lora_ga")
+    assert done.returncode == 0, done.stderr[-3000:]
+    path, _ = only_run(tmp_path / "runs")
+    config = json.loads((path / "adapter/adapter_config.json").read_text())
+    assert config["r"] == 2 * 2 and config["init_lora_weights"] is True  # B A - B0 A0
+
+
+def test_a_chain_refuses_the_best_checkpoint(setting, tmp_path):
+    done = run(setting, tmp_path, "method=cola")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and "keep_best=false" in errors[0]
+    last = "keep_best=false"
+    assert run(setting, tmp_path, "method=cola", last).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -151,6 +219,7 @@ def test_missing_data_is_one_line(setting, tmp_path):
 def test_dry_run_loads_nothing(tmp_path, preset, method):
     command = [sys.executable, "experiments/commonsense.py", "dry_run=true", f"preset={preset}"]
     command += [f"method={method}", f"runtime.runs_dir={tmp_path / 'runs'}"]
+    command += ["~estimate"] * (preset == "paper")  # tested in test_cost.py
     done = run_here(command, {"OPLORA_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     for words in ("model:", "data:", "optimizer steps:", "MLP parameters:", "memory: about"):

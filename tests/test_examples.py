@@ -12,10 +12,12 @@ from processes import ROOT, run_here
 from safetensors.torch import load_file
 
 GUIDES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
-NEEDS = {"trl_sft": "trl", "trl_dpo": "trl", "qlora": "bitsandbytes", "lightning_loop": "lightning"}
+NEEDS = {"trl_sft": "trl", "trl_dpo": "trl", "trl_grpo": "trl"}
+NEEDS |= {"qlora": "bitsandbytes", "lightning_loop": "lightning"}
 SAYS = {
     "trainer": ["the saved adapter gives the same logits: True"],
     "accelerate_loop": ["the resumed training makes the same steps: True"],
+    "fsdp2": ["the resumed training makes the same steps: True"],
     "qlora": ["base: Linear4bit"],
     "dotted_path": ["OPAdamW(", "mlp_width=32"],
 }
@@ -35,8 +37,9 @@ def test_guide(name, tmp_path):
         pytest.skip(f"{NEEDS[name]} is not installed")
     result = run(name, tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
-    first, last = map(float, re.search(r"loss (\S+) -> (\S+)", result.stdout).groups())
-    assert last < first
+    what, first, last = re.search(r"(loss|reward) (\S+) -> (\S+)", result.stdout).groups()
+    better, worse = (last, first) if what == "reward" else (first, last)
+    assert float(better) > float(worse)
     for words in SAYS.get(name, []):
         assert words in result.stdout
     (weights,) = (
@@ -48,7 +51,7 @@ def test_guide(name, tmp_path):
     assert all("lora" in key for key in tensors)
     assert any("lora_B" in key or "lora.up" in key for key in tensors)
     assert all(torch.isfinite(t).all() and t.any() for t in tensors.values())
-    if name in ("trainer", "trl_sft", "trl_dpo"):
+    if name in ("trainer", "trl_sft", "trl_dpo", "trl_grpo"):
         card = (tmp_path / "README.md").read_text(encoding="utf-8")
         assert "- op-lora" in card and "Trained with [OP-LoRA]" in card
     if name != "diffusers_loop":

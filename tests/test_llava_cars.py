@@ -27,7 +27,7 @@ def command(setting, runs, *overrides):
         sys.executable, "experiments/llava_cars.py", f"runtime.runs_dir={runs}", "rank=4",
         f"tokenizer.pretrained_model_name_or_path={setting / 'model'}", "tokenizer.revision=null",
         f"data.source={setting / 'cars'}", "data.revision=null", "data.validation=0.2",
-        "mlp_width=8", "lr=0.01", "training.per_device_train_batch_size=4",
+        "mlp_width=8", "lr=0.03", "training.per_device_train_batch_size=4",
         "training.gradient_accumulation_steps=2", "training.num_train_epochs=3",
         "training.eval_strategy=steps", "+training.eval_steps=2", "training.save_steps=2",
         "training.logging_steps=1",
@@ -68,7 +68,7 @@ def test_paper_path_trains_scores_and_is_skipped_when_finished(setting, calm):
     assert config["lora_alpha"] == 2 * config["r"] == 8
     assert set(config["target_modules"]) == {"linear_1", "linear_2"}
     assert not (path / "checkpoints").exists()
-    assert path.name.startswith("oplora-r4-adamw-lr0.01-width8-seed0-")
+    assert path.name.startswith("oplora-r4-adamw-lr0.03-width8-seed0-")
     assert "finished already" in run(setting, calm).stdout
 
 
@@ -124,7 +124,7 @@ def test_a_truncated_photo_is_one_line_before_training(setting, tmp_path):
     ],
 )
 def test_dry_run_loads_nothing(tmp_path, overrides, lines):
-    command = [sys.executable, "experiments/llava_cars.py", "dry_run=true", *overrides]
+    command = [sys.executable, "experiments/llava_cars.py", "dry_run=true", "~estimate", *overrides]
     command += [f"runtime.runs_dir={tmp_path / 'runs'}"]
     done = run_here(command, {"OPLORA_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr

@@ -55,6 +55,17 @@ def test_twice_the_same_config_gives_identical_metrics(tmp_path, method):
     assert "finished already" in again.stdout
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_the_grid_follows_the_loss(tmp_path, optimizer):
+    errors = []
+    for loss in ("mse", "frobenius"):
+        options = [f"problem.loss={loss}", f"runtime.runs_dir={tmp_path / loss}"]
+        done = start(f"optimizer={optimizer}", *SMALL, *options)
+        assert done.returncode == 0, done.stderr
+        errors.append([x or 0 for x in numpy.ravel(only_run(tmp_path / loss)[0]["final_mse"])])
+    numpy.testing.assert_allclose(errors[1], errors[0], rtol=0.05, atol=1e-4)
+
+
 def test_killed_and_started_again_equals_an_undisturbed_run(tmp_path):
     long = [*SMALL, "problem.steps=1500"]
     command = [sys.executable, "experiments/matrix_factorization.py", *long]

@@ -1,5 +1,6 @@
 """The report: rules of the verdicts, tables and pages, from stored runs alone."""
 
+import html
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pandas
 import pytest
 from stored_runs import store_mf as store
+from stored_runs import store_vl_bart
 
 from oplora import report
 from oplora.report.page import Row, Section, Table, markdown_table, write_report
@@ -42,7 +44,7 @@ def test_reaching_and_diverging_are_per_rate_majorities(stored):
 def test_a_claim_holds_on_the_grid_in_a_window_or_not(tmp_path):
     cases = {
         "holds": ([0.3, 0.3, 0.3, 0.3, None], [0.06, 0.06, 0.06, 0.06, None]),
-        "holds in a range": ([0.3, 0.3, 0.3, 0.3, 0.06], [0.06, 0.06, 0.06, 0.06, None]),
+        "only at equal rates": ([0.3, 0.3, 0.3, 0.3, 0.06], [0.06, 0.06, 0.06, 0.06, None]),
         "does not hold": ([0.3, 0.3, 0.06, 0.06, 0.06], [0.3, 0.3, 0.06, 0.3, None]),
     }
     for number, (verdict, (mf, op)) in enumerate(cases.items()):
@@ -51,7 +53,7 @@ def test_a_claim_holds_on_the_grid_in_a_window_or_not(tmp_path):
         store(folder, "opmf", op)
         (claim,) = [c for c in claims({"sgd": read(folder)}) if c.text.startswith("Four rates")]
         assert claim.verdict == verdict and claim.section == "4.1" and claim.figure == "figure2"
-        if verdict == "holds in a range":
+        if verdict == "only at equal rates":
             assert claim.where == "rates 0.01 to 10 (4 of 5)"
 
 
@@ -87,33 +89,83 @@ def test_pages_escape_and_show_missing_values_as_dashes(tmp_path):
     assert "http" not in page, "the page must be self-contained"
 
 
-PROBE = """<iframe src="out/index.html" width="390" height="800"></iframe><pre></pre><script>
-onload = () => {
-  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
-  document.querySelector("pre").textContent = JSON.stringify({
+PROBE = """<iframe src="out/index.html" width="WIDTH" height="800"></iframe><pre></pre><script>
+const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+onload = async () => {
+  const frame = document.querySelector("iframe").contentWindow, page = frame.document;
+  const all = (selector) => [...page.querySelectorAll(selector)], root = page.documentElement;
+  for (let n = 0; n < 100 && !frame.explorer; n++) await wait(100);
+  const ids = all("[id]").map((e) => e.id), symbol = all("#table-matrix a.holds")[0];
+  const found = {
     overflow: root.scrollWidth - root.clientWidth,
-    figures: [...page.images].map(i => i.naturalWidth > 0),
-    lost_links: [...page.links].filter(a => !page.getElementById(a.hash.slice(1))).length,
-    schemes: page.defaultView.getComputedStyle(root).getPropertyValue("color-scheme"),
-  });
+    drawn: all("figure svg").filter((s) => s.getBoundingClientRect().height > 100).length,
+    doubled: ids.filter((id, n) => ids.indexOf(id) !== n),
+    lost_links: [...page.links].filter((a) => a.hash)
+      .filter((a) => !page.getElementById(a.hash.slice(1))).length,
+    schemes: frame.getComputedStyle(root).getPropertyValue("color-scheme"),
+  };
+  symbol.click();
+  await wait(200);
+  const evidence = page.getElementById(symbol.hash.slice(1));
+  found.evidence = evidence.closest("details").open && evidence.textContent;
+  const choice = all("#table-claims select")[0];
+  choice.value = "holds";
+  choice.onchange();
+  const shown = all("#table-claims .card:not([hidden]) .verdict").map((v) => v.textContent);
+  found.filtered = [...new Set(shown)];
+  const dot = all("#vega path[aria-roledescription=point]")[0], box = dot.getBoundingClientRect();
+  const at = { clientX: box.x + 3, clientY: box.y + 3, bubbles: true, view: frame };
+  for (const kind of ["pointerover", "pointermove", "mousemove"]) {
+    dot.dispatchEvent(new frame.PointerEvent(kind, at));
+  }
+  await wait(300);
+  found.hover = all("#vg-tooltip-element")[0]?.textContent;
+  document.querySelector("pre").textContent = JSON.stringify(found);
 }
 </script>"""
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-def test_the_page_in_a_browser_of_a_phones_width(stored, tmp_path):
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(stored, tmp_path, width):
+    for method, lr in (("lora", 1e-2), ("oplora", 1e-3)):
+        for factor, loss in ((0.1, 0.5), (1, 0.2), (10, 0.4)):
+            store_vl_bart(stored, method, lr * factor, 0, loss)
+        for seed in range(2):
+            store_vl_bart(stored, method, lr, seed, 0.2, accuracy=0.6 + seed / 10)
     report.build(stored).write(tmp_path / "out")
-    (tmp_path / "probe.html").write_text(PROBE)
+    (tmp_path / "probe.html").write_text(PROBE.replace("WIDTH", str(width)))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     flags += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"]
+    flags += [f"--window-size={width + 50},900"]
     command = [BROWSER, *flags, f"--user-data-dir={tmp_path}/profile", f"{tmp_path}/probe.html"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    seen = json.loads(re.search(r"<pre>(.*?)</pre>", done.stdout)[1])
-    assert seen["overflow"] == 0 and seen["lost_links"] == 0
-    assert len(seen["figures"]) > 3 and all(seen["figures"])
-    assert seen["schemes"] == "light dark"
+    seen = json.loads(html.unescape(re.search(r"<pre>(.*?)</pre>", done.stdout)[1]))
+    assert seen["overflow"] == 0 and seen["lost_links"] == 0 and seen["doubled"] == []
+    assert seen["drawn"] > 5 and seen["schemes"] == "light dark"
+    assert seen["evidence"].startswith("evidence here") and seen["filtered"] == ["holds"]
+    assert "seed" in seen["hover"] and "small-lora-" in seen["hover"]
     assert "CONSOLE" not in done.stderr
+
+
+def test_the_page_says_where_numbers_come_from_and_what_makes_missing_ones(tmp_path):
+    runs = tmp_path / "runs"
+    for lr, loss in ((1e-3, 0.5), (1e-2, 0.2)):
+        path = store_vl_bart(runs, "lora", lr, 0, loss, accuracy=0.6)
+    report.build(runs).write(tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    number = re.search(rf'<li id="(r\d+)" value="\d+">{path.name}: <a href="([^"]+)">', page)
+    assert (tmp_path / "out" / number[2]).resolve() == path / "config.yaml"
+    assert f'<a href="#{number[1]}">' in page
+    command = "scripts/sweep_learning_rates.sh vl_bart method=oplora"
+    assert f"<summary>—</summary><code>{command}</code>" in page
+    assert command not in (tmp_path / "out" / "tables" / "controls.csv").read_text()
+    ids = re.findall(r'\bid="([^"]*)"', page.split("<script type")[0])
+    assert len(ids) == len(set(ids))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["runs"] == 2 and "vl_bart_small_rates.svg" in summary["figures"]
+    assert {c["verdict"] for c in summary["claims"]} >= {"not run yet"}
 
 
 def test_the_script_ends_with_a_clear_error(tmp_path):

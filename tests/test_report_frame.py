@@ -18,6 +18,7 @@ from oplora.report import titles
 from oplora.report.figures import over_rates
 from oplora.report.page import Table
 from oplora.report.rules import HOLDS, NOT_RUN
+from oplora.report.style import style
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
@@ -72,18 +73,35 @@ def test_a_methods_role_is_what_its_file_says_not_its_name(tmp_path):
     assert titles.method("lora_gaussian").title == "lora_gaussian"
     sweep = {"lora_gaussian": {1.0: [1.0], 2.0: [2.0]}, "lora_matched": {1.0: [1.0], 2.0: [2.0]}}
     (axis,) = over_rates("x", "", sweep, "loss").drawing.axes
-    assert [line.get_linestyle() for line in axis.lines] == ["-", ":"]
+    drawn = {line.get_label(): line.get_linestyle() for line in axis.lines}
+    assert drawn["lora_gaussian"] == "-" and drawn["LoRA, OP's step sizes"] == ":"
     names = ["lora_mlp_start", "lora_gaussian", "oplora", "lora_rite", "full", "lora", "rslora"]
     assert titles.in_order(names) == [
         "full", "lora", "oplora", "lora_rite", "lora_gaussian", "rslora", "lora_mlp_start",
     ]  # fmt: skip
 
 
-def test_a_wrong_role_is_named_with_its_remedy(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [("role: contrl", "contrl.*choose one of full, method, control"),
+     ("family: lor", "lor.*choose one of lora, dora, full")],
+)  # fmt: skip
+def test_a_wrong_role_or_family_is_named_with_its_remedy(tmp_path, line, told):
     (tmp_path / "method").mkdir()
-    (tmp_path / "method" / "mine.yaml").write_text("title: Mine\nrole: contrl\n")
-    with pytest.raises(ValueError, match=r"contrl.*choose one of full, method, control"):
+    (tmp_path / "method" / "mine.yaml").write_text(f"title: Mine\n{line}\n")
+    with pytest.raises(ValueError, match=told):
         titles.methods(tmp_path)
+
+
+def test_every_method_has_one_look_that_its_file_decides():
+    looks = {name: style(name) for name in titles.methods()}
+    assert looks["lora"].color == looks["oplora"].color == looks["lora_matched"].color
+    assert [looks[m].kind for m in ("lora", "oplora", "lora_matched")] == ["plain", "OP", "control"]
+    colors = {titles.method(name).family: look.color for name, look in looks.items()}
+    assert len(set(colors.values())) == len(colors) >= 5
+    shown = ("lora", "oplora", "oplora_text", "oplora_lite", "dora", "opdora", "full", "pissa")
+    assert len({looks[name] for name in shown}) == len(shown)
+    assert style("lora_gaussian").color == style("rslora").color  # of no family
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/method").glob("*.yaml")), ids=str)
@@ -91,7 +109,7 @@ def test_every_methods_file_says_all_of_itself(path):
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     grids = yaml.safe_load((ROOT / "configs/grids.yaml").read_text(encoding="utf-8"))
     assert {"title", "role", "mlp", "grid"} <= given.keys() and given["name"] == path.stem
-    assert given["role"] in titles.ROLES and given["mlp"] in ("full", "lite", "none")
+    assert given["role"] in titles.ROLES and given["mlp"] in ("full", "lite", "none", "other")
     assert all(given["grid"] in by_grid for by_grid in grids.values())
 
 

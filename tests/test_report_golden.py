@@ -107,7 +107,7 @@ def test_deleting_a_run_changes_its_cells_and_no_others(runs, before, path, owne
     experiment = {"c": "commonsense", "v": "vl_bart", "s": "sdxl", "m": "mf"}[path[0]]
     changed = [name for name in before if not before[name].equals(after.get(name))]
     assert any(name.startswith(experiment) for name in changed)
-    across = ("claims", "claims_open", "controls", "sensitivity_all", "costs", "half_rank")
+    across = ("which", "matrix", "claims", "claims_open", "controls", "power", "sensitivity_all")
     for name in changed:
         assert name.startswith(experiment) or name in across, name
         if name == f"{experiment}_small" or name.startswith("commonsense_small_float32"):
@@ -136,15 +136,25 @@ def test_the_readme_is_filled_and_its_figures_are_rendered(stored, tmp_path):
     spec = importlib.util.spec_from_file_location("render", ROOT / "scripts" / "report.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    readme = Path(shutil.copy(ROOT / "README.md", tmp_path))
+    texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    paths = [Path(shutil.copy(text, tmp_path)) for text in texts]
     built = report.build(stored)
-    script.fill_readme(built, readme)
-    text = readme.read_text(encoding="utf-8")
+    script.fill_texts(built, paths)
+    filled = [path.read_text(encoding="utf-8") for path in paths]
+    text = "".join(filled)
+    assert "LoRA → OP-LoRA | 0.001 → 0.0001 | 0.1 | +0.100 ± 0.000 (3) |" in filled[0]
+    assert len(filled[0].splitlines()) <= 250 and len(filled[0].split()) <= 1500
     assert "| OP-LoRA† | 0.0001 | 2.900 ± 0.248 (3) | 50.0 ± 0.0 (3) |\n" in text
     assert "Not run yet: `scripts/sweep_learning_rates.sh llava_cars`" in text
     assert "oplora/report/rules.py " in text and "scripts/multirun.sh " in text
-    figures = {part.name for part in built.parts if isinstance(part, ReportFigure)}
-    shown = re.findall(r"results/published/report/figures/(\w+)\.png", text)
+    figures = {part.file for part in built.parts if isinstance(part, ReportFigure)}
+    shown = re.findall(r"results/published/report/figures/([\w.]+)", text)
     assert len(shown) > 3 and set(shown) <= figures
-    script.fill_readme(built, readme)
-    assert readme.read_text(encoding="utf-8") == text
+    script.fill_texts(built, paths)
+    assert [path.read_text(encoding="utf-8") for path in paths] == filled
+    links = [(path, link) for path, source in zip(texts, filled)
+             for link in re.findall(r"\]\((?!https?:)([^)#]+)", source)]  # fmt: skip
+    made = ROOT / "results" / "published" / "report"  # rendered, so not everywhere
+    for path, link in links:
+        target = (path.parent / link).resolve()
+        assert target.exists() or made in target.parents, (path.name, link)

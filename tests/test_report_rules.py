@@ -7,10 +7,11 @@ import pytest
 
 from oplora import report
 from oplora.harness.runs import Record
-from oplora.report import claims, rules
-from oplora.report.comparison import Comparison, good_rates
+from oplora.report import across, against, claims, front, rules
+from oplora.report.comparison import Comparison, good_rates, loss_at
 from oplora.report.metrics import Score
-from oplora.report.rules import FAILS, HOLDS, IN_A_RANGE, NOT_RUN, UNTESTABLE
+from oplora.report.rules import EQUAL_RATES, FAILS, HOLDS, NOT_RUN, UNTESTABLE, Finding
+from oplora.report.titles import Scope
 
 SWEEP = {"lora": {1e-3: 3.0, 1e-2: 2.0, 1e-1: 4.0}, "oplora": {1e-3: 3.1, 1e-2: 1.9, 1e-1: 4.1}}
 CITED = {"lora": 70.0, "oplora": 71.0}
@@ -28,9 +29,14 @@ def run(method, lr, seed=0, loss=2.0, score=None, **options):
     return Record(Path(method), config, {}, metrics | ({} if score is None else {"score": score}))
 
 
-def comparison(scores, sweep=SWEEP, every=(), higher=True, **options):
+def comparison(scores, sweep=SWEEP, every=(), higher=True, seeds=1, **options):
     """scores: method → one per seed, at the method's best rate of the sweep."""
-    runs = [run(m, lr, loss=loss) for m, losses in sweep.items() for lr, loss in losses.items()]
+    runs = [
+        run(m, lr, seed, loss)
+        for m, losses in sweep.items()
+        for lr, loss in losses.items()
+        for seed in range(seeds)
+    ]
     for method, values in scores.items():
         rate = min(sweep[method], key=sweep[method].get)
         runs += [run(method, rate, seed, sweep[method][rate], s) for seed, s in enumerate(values)]
@@ -67,15 +73,49 @@ def test_better_is_judged_by_the_interval_over_shared_seeds(mine, verdict):
     assert (found.command is not None) == (verdict == NOT_RUN)
 
 
-def test_better_in_a_range_needs_two_neighbouring_shared_rates():
+def test_only_at_equal_rates_needs_two_neighbouring_shared_rates_with_three_seeds_each():
     sweep = {"lora": {1e-3: 3.0, 1e-2: 2.0, 1e-1: 1.5}, "oplora": {1e-3: 2.9, 1e-2: 1.9, 1e-1: 9}}
     scores = {"lora": [60.0, 60.0, 60.0], "oplora": [57.0, 61.0, 60.5]}
-    found = better(scores, sweep=sweep)
-    assert found.verdict == IN_A_RANGE and "from 0.001 to 0.01" in found.evidence
-    worse = better(scores | {"oplora": [58.0, 58.1, 57.9]}, sweep=sweep)
+    found = better(scores, sweep=sweep, seeds=3)
+    assert found.verdict == EQUAL_RATES and "from 0.001 to 0.01 (3 seeds each)" in found.evidence
+    for seeds, words in ((1, "one seed only: does not count"), (2, "2 seeds only")):
+        thin = better(scores, sweep=sweep, seeds=seeds)
+        assert thin.verdict == UNTESTABLE and words in thin.evidence
+    worse = better(scores | {"oplora": [58.0, 58.1, 57.9]}, sweep=sweep, seeds=3)
     assert worse.verdict == FAILS and "from 0.001 to 0.01" in worse.evidence
     one = {"lora": {1e-3: 3.0, 1e-2: 2.0}, "oplora": {1e-3: 3.1, 1e-2: 1.9}}
-    assert better(scores, sweep=one).verdict in (FAILS, UNTESTABLE)
+    assert better(scores, sweep=one, seeds=3).verdict == UNTESTABLE
+
+
+def test_a_rate_that_one_seed_chose_among_equals_asks_for_more():
+    sweep = {"lora": {1e-3: 2.05, 1e-2: 2.0, 1e-1: 4.0}}
+    more = [run("lora", 1e-2, seed, loss=2.0 + seed / 10, score=1.0) for seed in (1, 2)]
+    c = comparison({}, sweep)
+    (row,) = across.sensitivity_of(replace(c, records=[*c.records, *more], swept=c.records))
+    assert row.cells["as good within the seeds' spread"] == "0.001"  # 0.05 against 0.1
+    assert row.cells["to be run"].endswith("vl_bart method=lora seed=0,1,2")
+    (row,) = across.sensitivity_of(c)
+    assert "to be run" not in row.cells  # no spread is known
+
+
+def test_without_a_number_of_the_papers_an_interval_around_zero_tells_nothing():
+    scores = {"lora": [60.0, 60.0, 60.0], "oplora": [60.1, 60.0, 59.9]}
+    assert better(scores, cited={}).verdict == UNTESTABLE
+    assert better(scores, cited={"lora": 71.0, "oplora": 70.0}).verdict == FAILS  # nor the paper's
+
+
+def test_the_seeds_that_would_show_the_papers_effect_are_told():
+    """Differences 0, 1 and 2: spread 1, and the paper's effect is 1: ten paired seeds at 80%."""
+    scores = {"lora": [60.0, 60.0, 60.0], "oplora": [60.0, 61.0, 62.0]}
+    found = better(scores)
+    assert found.verdict == UNTESTABLE and "+1.0; 10 seeds would show it)" in found.evidence
+    (row,) = across.power_of(comparison(scores))
+    assert row.cells["spread"] == "1.00" and row.cells["seeds needed, the same"] == "10"
+    assert row.cells["seeds needed, independent"] == "9"  # spreads 0 and 1: 0.707 together
+    assert row.cells["smallest gain shown here"] == "3.1"  # (4.303 + 1.061) / √3
+    noisy = {"lora": [60.0, 60.0, 60.0], "oplora": [30.0, 60.0, 90.0]}
+    assert "over 1,000 seeds would show it" in better(noisy).evidence
+    assert not across.power_of(comparison(scores, cited={}))
 
 
 def test_distances_are_better_when_lower_and_the_papers_gain_is_a_fraction():
@@ -115,10 +155,29 @@ def test_half_the_rank_is_compared_at_the_chosen_rate():
 
 def test_good_rates_are_neighbours_of_the_best():
     losses = {1e-4: 1.0, 1e-3: 2.0, 1e-2: 1.0, 1e-1: 1.04, 1.0: 1.06}
-    assert good_rates(losses).rates == [1e-4]  # 1e-2 is as good, but not a neighbour
-    assert good_rates({1.0: 3.0, 2.0: 1.0, 4.0: 1.05, 8.0: 2.0}).rates == [2.0, 4.0]
-    assert good_rates({1.0: 3.0, 2.0: 2.0}, best=1.0).rates == []
-    assert str(good_rates({1.0: 1.0, 2.0: 1.0, 4.0: 9.0})) == "1 to 2 (≥ ×2)"
+    assert good_rates(losses, 1.05).rates == [1e-4]  # 1e-2 is as good, but not a neighbour
+    assert good_rates({1.0: 3.0, 2.0: 1.0, 4.0: 1.05, 8.0: 2.0}, 1.05).rates == [2.0, 4.0]
+    assert good_rates({1.0: 3.0, 2.0: 2.0}, 1.05).rates == []
+    assert str(good_rates({1.0: 1.0, 2.0: 1.0, 4.0: 9.0}, 1.05)) == "1 to 2 (≥ ×2)"
+
+
+def test_sensitivity_is_a_share_of_the_gain_not_of_the_loss():
+    """A floor at 3.0 of a loss that starts at 3.4: 5% of it is over a third of the gain."""
+    sweep = {"lora": {1e-3: 3.2, 1e-2: 3.0, 1e-1: 3.04}, "oplora": {1e-3: 3.1, 1e-2: 3.05}}
+    base = [run("base", 0.0, loss=3.4, fine_tune=False)]
+    c = comparison({}, sweep, base=base, seeds=3)
+    assert loss_at(0.75, 3.4, 3.0) == pytest.approx(3.1)
+    rows = {row.cells["method"]: row.cells for row in across.sensitivity_of(c)}
+    assert rows["LoRA"]["75% of the gain"] == "0.01 to 0.1 (≥ ×10)"
+    assert rows["LoRA"]["95% of the gain"] == "0.01 to 0.01 (×1)"
+    assert rows["OP-LoRA"]["75% of the gain"] == "0.001 to 0.01 (≥ ×10)"  # of the best adapter's
+    assert rows["OP-LoRA"]["95% of the gain"] == "none" and rows["OP-LoRA"]["seeds"] == 3
+    unknown = across.sensitivity_of(comparison({}, sweep))[0].cells
+    assert unknown["within 5% of the best loss"] == "0.01 to 0.1 (≥ ×10)"
+    command = "python experiments/vl_bart.py preset=small fine_tune=false run_name=base"
+    assert unknown["90% of the gain"].command == command
+    found = rules.less_sensitive(comparison({}, sweep, seeds=3), "oplora", "lora")
+    assert (found.verdict, found.command) == (NOT_RUN, command)
 
 
 @pytest.mark.parametrize(
@@ -138,21 +197,39 @@ def test_good_rates_are_neighbours_of_the_best():
 def test_less_sensitive(mine, theirs, verdict):
     rates = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
     sweep = {"oplora": dict(zip(rates, mine)), "lora": dict(zip(rates, theirs))}
-    assert rules.less_sensitive(comparison({}, sweep), "oplora", "lora").verdict == verdict
+    options = {"base": [run("base", 0.0, loss=9.0, fine_tune=False)]}
+    c = comparison({}, sweep, seeds=3, **options)
+    assert rules.less_sensitive(c, "oplora", "lora").verdict == verdict
+    one = rules.less_sensitive(comparison({}, sweep, **options), "oplora", "lora")
+    assert one.verdict == NOT_RUN and "one seed only" in one.evidence
+    assert one.command.endswith("method=lora,oplora seed=0,1,2")
 
 
-def test_sooner_compares_with_the_others_last_step():
-    fast = {"lora": {1e-2: 2.0}, "oplora": {1e-2: 1.0}}
-    c = comparison({}, fast)
-    assert rules.sooner(c, "oplora", "lora").verdict == UNTESTABLE  # two evaluations
-    for run_ in c.records:
-        run_.metrics["validation_loss"][:0] = [[step, 9.5] for step in (1, 2, 3)]
-    assert rules.sooner(c, "oplora", "lora").verdict == FAILS  # below it at the last step only
-    c.at_best["oplora"][0].metrics["validation_loss"][3][1] = 1.9
-    found = rules.sooner(c, "oplora", "lora")
-    assert found.verdict == HOLDS and "at step 5" in found.evidence
-    assert rules.sooner(c, "lora", "oplora").verdict == FAILS
-    assert rules.sooner(c, "loraplus", "lora").verdict == NOT_RUN
+def curved(c, method, rate, losses, seeds=3):
+    """The runs of a method at a rate, with a validation curve of its own."""
+    for seed in range(seeds):
+        for r in [r for r in c.records if (r.config["lr"], r.config["seed"]) == (rate, seed)]:
+            if r.config["method"]["name"] == method:
+                shift = seed / 100 * (method == "oplora")  # else there is no spread
+                r.metrics["validation_loss"] = [[n, v + shift] for n, v in enumerate(losses)]
+
+
+def test_faster_compares_areas_to_the_same_step():
+    sweep = {"lora": {1e-2: 2.0}, "oplora": {1e-3: 2.0, 1e-2: 2.5}}
+    c = comparison({}, sweep, seeds=3)
+    assert rules.faster(c, "oplora", "lora").verdict == UNTESTABLE  # two evaluations
+    curved(c, "lora", 1e-2, [6, 4, 3, 2, 2])
+    curved(c, "oplora", 1e-3, [6, 3, 2, 2, 2])  # heights 2.75 and 3.25, shifted by 0, 1 and 2%
+    curved(c, "oplora", 1e-2, [6, 6, 6, 6, 6])
+    found = rules.faster(c, "oplora", "lora")
+    assert found.verdict == HOLDS and "+0.490 ± 0.025 (3 seeds)" in found.evidence
+    assert rules.faster(c, "lora", "oplora").verdict == FAILS
+    curved(c, "oplora", 1e-3, [6, 3.98, 3, 2, 2])
+    assert rules.faster(c, "oplora", "lora").verdict == UNTESTABLE  # 0.005 less, and the shift
+    curved(c, "oplora", 1e-2, [6, 3, 2, 2, 2])
+    found = rules.faster(c, "oplora", "lora")
+    assert found.verdict == EQUAL_RATES and "at the same rate 0.01" in found.evidence
+    assert rules.faster(c, "loraplus", "lora").verdict == NOT_RUN
 
 
 def test_best_seed():
@@ -212,6 +289,56 @@ def test_consistent_gains_need_two_experiments_and_all_of_them():
             for experiment, scores in parts
         ]
         assert claims.consistent(compared).verdict == verdict
+
+
+def gain(values, name="x", **options):
+    given = {"methods": ("oplora", "lora"), "level": 50.0, "digits": 1, "rates": (1e-3, 1e-2)}
+    return front.Gain(scope=Scope(name, unit="points"), values=values, **given | options)
+
+
+def test_the_first_screen_counts_intervals():
+    gains = [gain([1.0, 1.2, 1.1], "a"), gain([-1.0, -1.2, -1.1], "b", rates=(1e-2, 1e-2)),
+             gain([-1.0, 0.0, 1.0], "c", costs=[(1e9, 5.0)] * 2)]  # fmt: skip
+    text = front.answer(gains)
+    assert "beats LoRA in 1 of 3 settings [a (points) +1.1 ± 0.2 (3)]" in text
+    assert "is behind in 1 [b (points) -1.1 ± 0.2 (3)], and in 1 the seeds do not tell" in text
+    assert "What to use: LoRA with a tuned rate" in text
+    assert "in fine-tuning OP-LoRA's best is 0.1 times LoRA's" in text
+    assert "What to use: OP-LoRA" in front.answer([gains[0]])
+    rows = front.which(gains).frame
+    assert rows["best rate"].tolist() == ["0.01 → 0.001", "0.01 → 0.01", "0.01 → 0.001"]
+    assert rows["memory, GB"].tolist()[2] == "1.00 → 1.00"
+
+
+def test_your_runs_are_inside_where_one_more_seed_would_be():
+    """Of 59, 60 and 61 one more seed lies within 60 ± 4.303 · √(4/3) = 4.97."""
+    published = comparison({"lora": [59.0, 60.0, 61.0], "oplora": [61.0]})
+    for value, verdict in ((64.9, "inside"), (65.0, "outside"), (55.1, "inside")):
+        mine = comparison({"lora": [value], "oplora": [61.0]})
+        table = against.against(against.measured(mine), against.measured(published))
+        (row,) = table.rows  # of the other one seed is published: it has no spread
+        assert row.cells["yours is"] == verdict and row.cells["range"] == "55.0 to 65.0"
+        assert (row.cells["yours"], row.cells["published"]) == (
+            f"{value:.1f} (1)",
+            "60.0 ± 2.5 (3)",
+        )
+    other = comparison({"lora": [60.0]}, {"lora": {1e-3: 1.0}})  # at another rate
+    assert not against.against(against.measured(other), against.measured(published)).rows
+
+
+def test_claims_that_would_hold_by_chance():
+    def claim(verdict, p):
+        finding = Finding(verdict, p=p)
+        return claims.Claim.of(finding, text=f"{verdict} {p}", section="1", scope=Scope("m"))
+
+    judged = [claim(HOLDS, 0.01), claim(HOLDS, 0.03), claim(FAILS, 0.5), claim(UNTESTABLE, 0.9)]
+    parts = claims.parts(judged)
+    (table,) = [p for p in parts if getattr(p, "name", "") == "claims"]
+    assert table.frame["p"].tolist() == [
+        "0.010 (0.040)", "0.030 (0.090)", "0.500 (1.000)", "0.900 (1.000)",
+    ]  # fmt: skip
+    text = "4 claims are judged by the interval of a gain. Without any difference 0.1 of them "
+    assert text + "would hold by chance; 2 do, and 1 still do after Holm's correction." in parts
 
 
 def test_every_claim_is_told_even_without_any_run(tmp_path):

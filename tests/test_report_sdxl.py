@@ -44,8 +44,8 @@ def test_results_stand_between_their_yardsticks_and_the_control(stored, tmp_path
         "LoRA, trained on the base's style": "0.90 (1)",
     }
     page = (tmp_path / "report.md").read_text()
-    for figure in ("grid", "steps", "curves"):
-        assert f"figures/sdxl_small_fluent_{figure}.png" in page
+    for figure in ("grid.webp", "steps.svg", "curves.svg"):
+        assert f"figures/sdxl_small_fluent_{figure}" in page
     rates = table(tmp_path, "sdxl_small_rates").set_index("method")
     assert rates.loc["OP-LoRA", "0.0001"] == "0.200*"
 

@@ -147,7 +147,7 @@ def test_a_rate_is_chosen_on_held_out_images(setting, tmp_path, dataset):
 
 def test_dry_run_of_the_paper_loads_nothing(tmp_path):
     done = run_here(
-        [sys.executable, "experiments/sdxl.py", "dry_run=true", "dataset=wikiart"],
+        [sys.executable, "experiments/sdxl.py", "dry_run=true", "dataset=wikiart", "~estimate"],
         {"OPLORA_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -155,3 +155,18 @@ def test_dry_run_of_the_paper_loads_nothing(tmp_path):
     assert "base parameters: 2,567,463,684" in done.stdout
     assert "optimizer steps: 2,668" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("preset", ["paper", "small"])
+def test_dry_run_of_the_model_as_it_is_shows_no_adapter(preset):
+    script = [sys.executable, "experiments/sdxl.py", "dry_run=true", f"preset={preset}"]
+    done = run_here([*script, "fine_tune=false", "run_name=base"])
+    assert done.returncode == 0, done.stderr
+    assert "method: none" in done.stdout and "adapter" not in done.stdout
+
+
+@pytest.mark.parametrize(("method", "words"), [("vera", "PeftType.VERA"), ("eva", "harness")])
+def test_methods_that_do_not_fit_say_why(setting, tmp_path, method, words):
+    options = (f"method={method}", "measure=false")
+    done = run_here(command(setting, tmp_path, *options), environment(setting))
+    assert done.returncode == 2 and words in done.stderr and not list(tmp_path.rglob("*.yaml"))

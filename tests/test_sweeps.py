@@ -1,19 +1,27 @@
 """Sweeps: a failed member ends nothing and is listed, cut ones go on, every grid composes."""
 
+import importlib.util
 import inspect
 import itertools
+import json
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cloudpickle
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
 from stored_runs import store_vl_bart
+
+from oplora.harness import entry
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = """
@@ -62,6 +70,7 @@ def sweep(tmp_path):
 
     yield run
     assert not list((tmp_path / "runs").glob(".failed-*")), "notes of failures were left behind"
+    assert not (tmp_path / "runs" / "multirun.yaml").exists()
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
@@ -153,6 +162,7 @@ def points(overrides):
         ("sweep_mlp_width.sh", ["vl_bart", "opdora=1e-2"], 3 * 8),
         ("sweep_rank.sh", ["commonsense", "lora=3e-3", "oplora=3e-4"], 2 * 4 * 3),
         ("sweep_rank.sh", ["llava_cars", "oplora=3e-4"], 4 * 3),
+        ("sweep_rank.sh", ["commonsense", "oplora=3e-4", "preset=paper"], 2 * 3),
     ],
 )
 def test_every_point_of_every_grid_composes(echo, script, arguments, count):
@@ -165,11 +175,32 @@ def test_every_point_of_every_grid_composes(echo, script, arguments, count):
     seen = set()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         for experiment, point in grids:
-            assert "launcher=joblib" in point
+            paper = "preset=paper" in point  # one run fills a GPU
+            assert f"launcher={'basic' if paper else 'joblib'}" in point
             rest = [p for p in point if not p.startswith(("lr=", "seed=", "mlp_width=", "rank="))]
             if (experiment, *rest) not in seen:  # numbers compose like one another
                 seen.add((experiment, *rest))
                 compose(experiment, overrides=list(point))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "own"),  # the paper's and the repositories' that it builds on
+    [("commonsense", {1e-4, 3e-4}), ("sdxl", {1e-4}), ("vl_bart", {1e-3}), ("llava_cars", {5e-5})],
+)
+def test_the_papers_own_rates_are_inside_the_grids(echo, experiment, own):
+    script = ("sweep_learning_rates.sh", experiment, "preset=paper", "method=lora")
+    ((_, overrides),) = multiruns(echo, *script)
+    (rates,) = (x.removeprefix("lr=").split(",") for x in overrides if x.startswith("lr="))
+    assert own < set(map(float, rates)) and not own & {float(rates[0]), float(rates[-1])}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "ranks"),
+    [("commonsense", {"16", "32"}), ("vl_bart", {"64", "128"}), ("llava_cars", {"16", "64"})],
+)
+def test_the_papers_ranks_and_half_of_them(echo, experiment, ranks):
+    found = multiruns(echo, "sweep_rank.sh", experiment, "lora=1e-4", "preset=paper")
+    assert {x.removeprefix("rank=") for _, o in found for x in o if x.startswith("rank=")} == ranks
 
 
 def test_scripts_name_what_is_missing():
@@ -212,7 +243,10 @@ def test_reproduce_renders_early_skips_what_it_cannot_and_goes_on_after_a_failur
     assert [line.split()[0] for line in lines[:2]] == [
         "experiments/matrix_factorization.py", "scripts/report.py",
     ]  # fmt: skip
-    assert lines[-1] == "scripts/report.py runs --out out"
+    assert lines[-1] == "scripts/report.py runs --out out --against results/published"
+    (progress,) = [line.split()[2:] for line in lines if line.startswith("scripts/progress.py")]
+    assert {"matrix_factorization=15", "commonsense=2"} <= set(progress)
+    assert not any(planned.startswith("vl_bart") for planned in progress)
     assert "skipping vl_bart" in done.stdout  # the stub knows no rates for it
     seeds = [line for line in lines if line.startswith("experiments/commonsense.py")]
     assert [line.split()[3:6] for line in seeds] == [
@@ -225,6 +259,59 @@ def test_reproduce_renders_early_skips_what_it_cannot_and_goes_on_after_a_failur
         assert there or f"python base_models/{base}/pretrain.py" in done.stdout
 
 
+SLOW = """#!/usr/bin/env bash
+case "$1" in
+  scripts/rates.py) echo lora=0.003 oplora=0.001 ;;
+  experiments/"$SLOW"*) sleep 300 & echo $! >> "$CALLS"; wait ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "slow"),
+    [("sweep_seeds.sh", "vl_bart"), ("reproduce.sh", "matrix"), ("reproduce.sh", "commonsense")],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_script_ends_all_that_it_started(tmp_path, script, slow, number):
+    stub, calls = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(SLOW)
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "CALLS": str(calls), "SLOW": slow}
+    given = ["vl_bart", "lora=1"] if script == "sweep_seeds.sh" else [str(tmp_path), "out"]
+    command = ["bash", str(ROOT / "scripts" / script), *given]
+    command = ["env", "--default-signal=INT", *command]  # a shell in the background ignores it
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    while not (calls.exists() and calls.read_text().strip()):
+        assert started.poll() is None
+        time.sleep(0.05)
+    started.send_signal(number)
+    _, told = started.communicate(timeout=20)
+    assert started.returncode == 128 + number
+    assert told.splitlines() == ["stopped: the same command goes on from here"]
+    (sleeper,) = calls.read_text().split()
+    deadline = time.time() + 10
+    while Path(f"/proc/{sleeper}").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{sleeper}").exists()
+
+
+def test_the_progress_line_counts_runs_and_their_published_times(tmp_path):
+    spec = importlib.util.spec_from_file_location("progress", ROOT / "scripts" / "progress.py")
+    progress = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(progress)
+    plan, takes = {"a": 2, "b": 3}, {"a": 60.0, "b": 120.0}
+    for name in ("a/small/1", "b/small/1", "c/small/1"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "metrics.json").write_text("{}")
+    done = progress.finished(tmp_path, plan)
+    assert done == {"a": 1, "b": 1}
+    nothing = progress.finished(tmp_path / "new", plan)
+    assert progress.line(plan, takes, nothing, nothing, 0) == "run 1 of 5, about 8 min left"
+    # 180 published seconds took 360: the other 300 will take 600
+    assert progress.line(plan, takes, nothing, done, 360) == "run 3 of 5, about 10 min left"
+    assert progress.seconds("vl_bart") > 0 and progress.seconds("nothing") == 60
+
+
 def test_rates_of_the_published_sweeps(tmp_path):
     for lr, loss in ((1e-3, 0.5), (1e-2, 0.2), (1e-1, 0.4)):
         store_vl_bart(tmp_path / "vl_bart" / "small", "lora", lr, 0, loss)
@@ -233,3 +320,30 @@ def test_rates_of_the_published_sweeps(tmp_path):
     assert done.stdout == "lora=0.01\n"
     done = subprocess.run([*command, "lora", "oplora"], capture_output=True, text=True)
     assert done.returncode == 2 and "sweep_learning_rates.sh vl_bart method=oplora" in done.stderr
+
+
+def test_names_that_are_not_known_are_told_with_those_that_are_spelt_alike(tmp_path):
+    script = [sys.executable, str(ROOT / "scripts/rates.py")]
+    for words, told in (
+        (["vl_bart", "oplra"], "there is no oplra: did you mean oplora"),
+        (["vl_brt", "--grids"], "there is no vl_brt: did you mean vl_bart?"),
+        (["vl_bart", "--grids", "doora"], "there is no doora: did you mean dora"),
+    ):
+        done = subprocess.run([*script, *words], capture_output=True, text=True)
+        assert done.returncode == 2 and told in done.stderr
+    missing = MissingConfigException("In 'x': …", "method/oplra", ["lora", "oplora", "vera"])
+    assert entry._one_line(missing) == "there is no method/oplra: did you mean oplora or lora?"
+
+
+def test_a_run_is_told_the_rate_that_the_published_sweep_chose(tmp_path, capsys):
+    told = tmp_path / "summary.json"
+    cfg = OmegaConf.create({"preset": "small", "method": {"name": "lora"}, "lr": 1e-4})
+    entry.tell_rate(cfg, "vl_bart", told)
+    told.write_text(json.dumps({"rates": {"vl_bart": {"small": {"lora": 3e-3}}}}))
+    entry.tell_rate(cfg, "sdxl", told)
+    assert capsys.readouterr().out == ""
+    entry.tell_rate(cfg, "vl_bart", told)
+    cfg.lr = 3e-3
+    entry.tell_rate(cfg, "vl_bart", told)
+    words = "lr=0.0001; the published sweep's best for lora is lr=0.003\n"
+    assert capsys.readouterr().out == words

@@ -343,7 +343,6 @@ class Refusing(oplora.OPTrainer):
     [
         (dict(deepspeed=True), "no", "DeepSpeed is not supported"),
         (dict(fsdp_version=1), "no", "fsdp_version: 2"),
-        (dict(fsdp_version=2), "steps", "save_only_model"),
     ],
 )
 def test_what_does_not_work_is_refused(fake, saving, words, tmp_path):

@@ -110,8 +110,17 @@ def test_missing_feature_is_one_line_before_training(setting, tmp_path):
 def test_dry_run_loads_nothing(tmp_path, preset, method, line):
     command = [sys.executable, "experiments/vl_bart.py", "dry_run=true", f"preset={preset}"]
     command += [f"method={method}", f"runtime.runs_dir={tmp_path / 'runs'}"]
+    command += ["~estimate"] * (preset == "paper")  # tested in test_cost.py
     done = run_here(command, {"OPLORA_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     for words in ("model:", "data:", "optimizer steps:", "one task per batch", line):
         assert words in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_without_biases_says_so_and_trains_without(setting, tmp_path):
+    short = ["method=ia3", "training.num_train_epochs=1", "score_test=false"]
+    done = run(setting, tmp_path / "with", *short)
+    assert done.returncode == 2 and "add trained_besides.bias=null" in done.stderr
+    done = run(setting, tmp_path / "without", *short, "trained_besides.bias=null")
+    assert done.returncode == 0, done.stderr[-3000:]

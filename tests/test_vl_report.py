@@ -44,7 +44,7 @@ def test_every_method_is_scored_at_its_own_best_rate_and_usual_width(runs, tmp_p
     paired = table("vl_bart_small_paired").set_index("method")
     assert list(paired.index) == ["OP-DoRA"] and paired.loc["OP-DoRA", "items"] == 6
     assert paired.loc["OP-DoRA", "all three"] == "+8.0 [+8.0, +8.0]" == paired.loc["OP-DoRA", "gqa"]
-    assert (tmp_path / "figures/vl_bart_small_curves.png").exists()
+    assert (tmp_path / "figures/vl_bart_small_curves.svg").exists()
 
 
 def test_a_diverged_run_is_in_the_sweep_and_nowhere_else(runs, tmp_path):
@@ -62,7 +62,7 @@ def test_width_sweep(runs, tmp_path):
     widths = tables(runs, tmp_path)("vl_bart_small_width")
     assert widths["width"].tolist() == [1, 2, 4]
     assert widths["gqa"].tolist() == [f"{75 + w - 1}.0 ± 24.8 (3)" for w in (1, 2, 4)]
-    assert (tmp_path / "figures/vl_bart_small_width.png").exists()
+    assert (tmp_path / "figures/vl_bart_small_width.svg").exists()
 
 
 def test_presets_are_never_mixed_and_nothing_is_no_section(runs, tmp_path):

@@ -61,6 +61,12 @@ def test_upstream_files(upstream):
     assert {len(each) for each in few["test"].values()} == {2} and few["train"] == train
 
 
+def test_without_a_share_of_gqa_for_validation_it_is_left_out_of_it(upstream):
+    sides = upstream_sides(str(upstream), gqa_validation=0)
+    assert set(sides["validation"]) == {"vqa", "nlvr", "caption"}
+    assert len(sides["train"]["gqa"]) == 10 and "gqa" in sides["test"]
+
+
 @pytest.mark.parametrize(
     ("file", "edit", "message"),
     [

@@ -1,7 +1,7 @@
 """A byte-level tokenizer learnt from a few sentences, and a random LlamaForCausalLM for it."""
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SENTENCES = [
@@ -26,6 +26,16 @@ def tiny_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         padding_side=padding_side,
     )
+
+
+def with_llamas_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """It begins texts with <s>, and has the names that LLaMA's tokenizers have."""
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_special_tokens(names)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    )
+    return tokenizer
 
 
 def tiny_llama(vocab_size: int) -> LlamaForCausalLM:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tiny_language_model import tiny_llama, tiny_tokenizer
+from tiny_language_model import tiny_llama, tiny_tokenizer, with_llamas_tokens
 from transformers import (
     CLIPVisionConfig,
     LlavaConfig,
@@ -28,8 +28,8 @@ def tokenizer_with_image() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_config(**options) -> LlavaConfig:
-    tokenizer = tokenizer_with_image()
+def tiny_config(tokenizer: PreTrainedTokenizerFast | None = None, **options) -> LlavaConfig:
+    tokenizer = tokenizer or tokenizer_with_image()
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=32,
@@ -55,8 +55,9 @@ def tiny_llava(**options) -> Llava:
 def save_llava(folder: Path) -> None:
     """A whole model of transformers' own class with its tokenizer and image processor."""
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(tiny_config()).save_pretrained(folder)
-    tokenizer_with_image().save_pretrained(folder)
+    tokenizer = with_llamas_tokens(tokenizer_with_image())
+    LlavaForConditionalGeneration(tiny_config(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     side = {"height": SIDE, "width": SIDE}
     LlavaImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=side).save_pretrained(folder)
 

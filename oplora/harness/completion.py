@@ -5,10 +5,11 @@ Two collators fit: `transformers.DataCollatorForSeq2Seq(tokenizer)` pads as the 
 """
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from datasets import Dataset
-from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 IGNORED = -100  # label of positions without loss
 
@@ -18,6 +19,32 @@ class Completion(Protocol):
 
     prompt: str
     target: str
+
+
+def load_tokenizer(begins_with: str, **options: Any) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained(**options)`, which must begin every text with this token.
+
+    A model that was trained with it is much worse without, and nothing fails. ValueError also
+    where the files are sentencepiece's alone and packages that read them are missing.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**options)
+    except (ImportError, ValueError) as error:
+        packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+        missing = [name for module, name in packages.items() if not _installed(module)]
+        if not missing:
+            raise
+        raise ValueError(
+            f"{options['pretrained_model_name_or_path']} may need {' and '.join(missing)} to be "
+            f"read: pip install {' '.join(missing)} (part of '.[paper]')"
+        ) from error
+    begin = tokenizer.convert_ids_to_tokens(tokenizer("text")["input_ids"])[:1]
+    if begin != [begins_with]:
+        raise ValueError(
+            f"{options['pretrained_model_name_or_path']}: texts begin with {begin} in place of "
+            f"{begins_with!r}: set tokenizer.add_bos_token=true or correct tokenizer.begins_with"
+        )
+    return tokenizer
 
 
 def completion_dataset(
@@ -106,3 +133,10 @@ class PackingCollator:
 def target_start(offsets: list[tuple[int, int]], prompt_length: int) -> int:
     """Index of the first token that holds characters after the prompt."""
     return next((n for n, (_, end) in enumerate(offsets) if end > prompt_length), len(offsets))
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False

@@ -1,19 +1,23 @@
 """Entry points of the experiments: Hydra's, with errors that a user can read."""
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SUMMARY = CONFIGS.parent / "results" / "published" / "report" / "summary.json"
 NUMBERS = {  # options that are numbers: (whole ones alone?, the least)
     "rank": (True, 1),
     "mlp_width": (True, 0),
@@ -51,6 +55,8 @@ def experiment(name: str) -> Callable:
         def checked(cfg: DictConfig) -> None:
             name_preset(cfg)
             check_values(cfg)
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                tell_rate(cfg, name)
             main(cfg)
 
         run = hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(job)
@@ -58,11 +64,28 @@ def experiment(name: str) -> Callable:
         @functools.wraps(main)
         def entry() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing its own
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(commands(name))
             _reported(run)
 
         return entry
 
     return decorate
+
+
+def commands(name: str) -> str:
+    """What configs/<name>.yaml says of itself at its beginning: how it is started."""
+    lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line[2:] for line in takewhile(lambda line: line.startswith("#"), lines))
+
+
+def tell_rate(cfg: DictConfig, experiment: str, summary: Path = SUMMARY) -> None:
+    """Print the learning rate that the published sweep chose, where this run has another."""
+    told = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    rates = told.get("rates", {}).get(experiment, {}).get(cfg.get("preset"), {})
+    method = OmegaConf.select(cfg, "method.name")
+    if method in rates and rates[method] != cfg.lr:
+        print(f"lr={cfg.lr:g}; the published sweep's best for {method} is lr={rates[method]:g}")
 
 
 def name_preset(cfg: DictConfig) -> None:
@@ -102,6 +125,10 @@ def _one_line(error: BaseException) -> str:
     overrides = isinstance(error, HydraException)
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, MissingConfigException):
+        name = Path(error.missing_cfg_file or "").name
+        if near := get_close_matches(name, error.options or ()):
+            return f"there is no {error.missing_cfg_file}: did you mean {' or '.join(near)}?"
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         group, _, rest = str(error.full_key).partition(".")
         if rest and not overrides:

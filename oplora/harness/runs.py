@@ -25,7 +25,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-PRESENTATION = ("title", "role", "mlp", "grid", "order")  # of a method: how it is shown and swept
+# of a method: how it is shown and swept
+PRESENTATION = ("title", "role", "mlp", "family", "grid", "order")
+NOT_COMPUTED = ("runtime", "title", "estimate", "licences")  # of a config: how, and what it is
 _PACKAGES = ("oplora", "torch", "transformers", "diffusers", "peft", "accelerate", "datasets")
 
 
@@ -34,9 +36,12 @@ class RunError(ValueError):
 
 
 class Run:
-    """An open run: `path` is its folder; use as a context manager, which holds its lock."""
+    """An open run: `path` is its folder; use as a context manager, which holds its lock.
 
-    def __init__(self, path: Path, finished: bool, lock: FileLock):
+    lock: None where another process owns the run and this one takes part: nothing is written.
+    """
+
+    def __init__(self, path: Path, finished: bool, lock: FileLock | None):
         self.path, self.finished, self._lock = path, finished, lock
 
     def __enter__(self) -> "Run":
@@ -44,6 +49,8 @@ class Run:
 
     def __exit__(self, kind, *_) -> None:
         """Release the lock; a run that failed before it wrote anything leaves no folder."""
+        if self._lock is None:
+            return
         if kind is not None and not self.finished:
             own = {"config.yaml", "environment.json", ".lock"}
             if {p.name for p in self.path.iterdir()} <= own:
@@ -55,6 +62,8 @@ class Run:
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json; numbers that do not exist are None, never NaN or a sentinel."""
+        if self._lock is None:
+            return
         text = json.dumps(metrics, indent=1, allow_nan=False)
         write_atomically(self.path / "metrics.json", text + "\n")
         self.finished = True
@@ -63,11 +72,11 @@ class Run:
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that says what is computed.
 
-    Left out are `runtime` (where and how to run), titles and a method's presentation, options that
-    are null (a new option does not make earlier runs other ones), and of dotted names of our own
-    code all but the last part (code may move).
+    Left out are `runtime` (where and how to run), titles, licences and a method's presentation,
+    what a dry run estimates from, options that are null (a new option does not make earlier runs
+    other ones), and of dotted names of our own code all but the last part (code may move).
     """
-    config = {key: value for key, value in config.items() if key not in ("runtime", "title")}
+    config = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
     if isinstance(method := config.get("method"), dict):
         config["method"] = {k: v for k, v in method.items() if k not in PRESENTATION}
     return _essential(config)

@@ -53,6 +53,7 @@ class ListFailures(Callback):
             return 0
         failed = [path.read_text(encoding="utf-8") for path in sorted(self._folder.iterdir())]
         shutil.rmtree(self._folder)
+        (self._folder.parent / "multirun.yaml").unlink(missing_ok=True)  # Hydra's, of the last one
         if failed:
             print(f"{len(failed)} failed:", *failed, sep="\n  ", file=sys.stderr)
         return len(failed)

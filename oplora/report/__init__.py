@@ -5,15 +5,27 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from oplora.harness.runs import Record, load_runs
-from oplora.report import across, benchmarks, claims, provenance
+from oplora.report import across, against, benchmarks, claims, front, provenance
 from oplora.report.comparison import Comparison
-from oplora.report.page import Part, Row, Section, Table, write_report
+from oplora.report.explorer import explorer
+from oplora.report.page import (
+    Part,
+    ReportFigure,
+    Row,
+    Section,
+    Statement,
+    Table,
+    Writer,
+    write_summary,
+)
 
-DEVIATIONS = Path(__file__).resolve().parents[2] / "results" / "paper" / "deviations.yaml"
+PAPER = Path(__file__).resolve().parents[2] / "results" / "paper"
+DEVIATIONS, RELATIVES = PAPER / "deviations.yaml", PAPER / "relatives.yaml"
 
 
 def experiments() -> list:
@@ -40,15 +52,24 @@ class Report:
     root: Path
     records: list[Record]
     problems: list[str]  # of runs that are left out
+    published: "Report | None" = None  # what these are compared with, if so
 
     @cached_property
     def results(self) -> list:
-        """Of every experiment: its comparisons, section, claims, standings and sensitivity."""
+        """Of every experiment: its comparisons, section, claims, gains, standings, sensitivity."""
         return [experiment.read(self.records) for experiment in experiments()]
 
     @property
     def comparisons(self) -> list[Comparison]:
         return [c for results in self.results for c in results.comparisons]
+
+    @cached_property
+    def against(self) -> Table | None:
+        """Of your runs; None where none is compared with a published one."""
+        own, theirs = ([m for results in report.results for m in results.measured()]
+                       for report in (self, self.published or self))  # fmt: skip
+        table = against.against(own, theirs if self.published else [])
+        return table if table.rows else None
 
     @cached_property
     def claims(self) -> list[claims.Claim]:
@@ -68,8 +89,12 @@ class Report:
             raise ValueError(f"no finished run below {self.root}: run `make reproduce` first")
         folders = [self.root / "benchmarks", self.root.resolve().parent / "benchmarks"]
         speed = next(filter(None, map(benchmarks.section, folders)), None)
+        gains = [gain for results in self.results for gain in results.gains()]
+        shown = filter(None, [explorer(self.root, self.comparisons)])
+        yours = [Section("Your runs", [self.against])] if self.against else []
         return [
-            claims.page(self.claims),
+            *yours,
+            Section("Does it help?", [*front.parts(gains), *shown, *claims.parts(self.claims)]),
             across.section(
                 self.comparisons,
                 [row for results in self.results for row in results.standings()],
@@ -79,27 +104,57 @@ class Report:
             *own,
             *([speed] if speed else []),
             deviations(),
+            relatives(),
             provenance.section(self.root, self.records, self.problems),
         ]
 
-    @property
+    @cached_property
     def parts(self) -> list[Part]:
         return [part for section in self.sections for part in section.parts]
 
     def write(self, out: Path) -> Path:
         """All files of it; the path of the index.html written."""
-        path = write_report("OP-LoRA: results", self.sections, out)
+        path = Writer(out, self.root, self.records).write("OP-LoRA: results", self.sections)
         tables = [part for part in self.parts if isinstance(part, Table)]
         provenance.write_runs(self.root, self.records, tables, out / "tables")
+        write_summary(out, self.summary)
         return path
 
+    @property
+    def rates(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Experiment → preset → method → the learning rate that its sweep chose."""
+        found: dict = {}
+        for c in self.comparisons:
+            found.setdefault(c.experiment, {}).setdefault(c.preset, {}).update(c.chosen)
+        return found
 
-def build(runs_dir: Path) -> Report:
-    """The report of all finished runs below `runs_dir`."""
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What holds, for programs: claims with verdicts and evidence, statements, figures."""
+        told = ("text", "section", "verdict", "evidence", "where", "p", "figure", "command")
+        return {
+            "runs": len(self.records),
+            "rates": self.rates,
+            "statements": {p.name: p.text for p in self.parts if isinstance(p, Statement)},
+            "claims": [
+                {key: getattr(claim, key) for key in told}
+                | {
+                    "scope": str(claim.scope),
+                    "runs": [provenance.run_id(self.root, r) for r in claim.runs],
+                }
+                for claim in self.claims
+            ],
+            "figures": {p.file: p.caption for p in self.parts if isinstance(p, ReportFigure)},
+        }
+
+
+def build(runs_dir: Path, published: Path | None = None) -> Report:
+    """The report of all finished runs below `runs_dir`, compared with those `published`."""
     if not runs_dir.is_dir():
         raise ValueError(f"{runs_dir} is no folder: give the folder that holds the runs")
     records, problems = load_runs(runs_dir)
-    return Report(runs_dir, provenance.noted(records), problems)
+    theirs = build(published) if published else None
+    return Report(runs_dir, provenance.noted(records), problems, theirs)
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
@@ -115,6 +170,15 @@ def fill(text: str, tables: dict[str, str]) -> str:
         return f"<!-- {name} -->\n{tables[name]}\n<!-- /{name} -->"
 
     return re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", replacement, text, flags=re.DOTALL)
+
+
+def relatives() -> Section:
+    """Other systems around LoRA: what each of them changes, and its row here."""
+    rows = list(map(Row, yaml.safe_load(RELATIVES.read_text(encoding="utf-8"))))
+    caption = (
+        "OP: can it be combined with MLPs in the optimizer? Plain: is its checkpoint a plain LoRA?"
+    )
+    return Section("Relatives", [Table("relatives", caption, rows, text=True)])
 
 
 def deviations() -> Section:

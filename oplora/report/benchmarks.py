@@ -30,6 +30,7 @@ def section(folder: Path) -> Section | None:
             f"{measured['rounds']} interleaved rounds; memory at most, in a process of its own."
         )
         parts.append(Table(name, caption, method_table(case)))
+    parts.insert(1, memory(measured["cases"], _read(folder / "full_size_step.json")))
     aims = aim_table(measured["cases"], _read(folder / "optimizer_step.json"))
     parts.append(Table("benchmark_aims", "The aims.", aims, text=True))
     if sweep := _read(folder / "shapes.json"):
@@ -48,6 +49,19 @@ def section(folder: Path) -> Section | None:
                 f"{study['study_ratio']:.1f} times as fast as one after the other."
             )
     return Section("Speed and memory", parts)
+
+
+def memory(cases: list[dict], full_size: dict | None) -> Table:
+    """Of LoRA's and OP-LoRA's forms by model and rank."""
+    forms, rows = ("lora", "oplora", "oplora_lite", "scale"), []
+    for case in cases:
+        peaks = {m: case["methods"][m]["peak_memory_bytes"] for m in forms if m in case["methods"]}
+        cells = {"model": case["model"], "rank": case["rank"]}
+        rows.append(Row(cells | {title(m): f"{peak / 1e9:.2f}" for m, peak in peaks.items()}))
+    if full_size:
+        peak = f"{full_size['peak_memory_bytes'] / 1e9:.2f}"
+        rows.append(Row({"model": "SDXL's U-Net, real size", title("oplora"): peak}))
+    return Table("memory", "Peak memory of a training step, GB.", rows)
 
 
 def hardware(measured: dict) -> str:

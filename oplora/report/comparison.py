@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
+from statistics import stdev
 
 from oplora.harness.runs import Record
 from oplora.report import titles
@@ -13,7 +14,8 @@ from oplora.report.metrics import Score
 from oplora.report.statistics import mean_interval
 from oplora.report.titles import Scope, by_method, by_number, in_order, method_of
 
-TOLERANCE = 1.05  # a rate is good if its validation loss is within 5% of the best
+GOOD, SHARES = 0.9, (0.75, 0.9, 0.95)  # of the gain: a rate is good if it reaches GOOD
+TOLERANCE = 1.05  # of the best loss, where the base model's is not known
 Sweep = dict[str, dict[float, list[float]]]  # method → learning rate → one value per seed
 
 
@@ -32,6 +34,7 @@ class Comparison:
     score: Score
     cited: Mapping[str, float] = field(default_factory=dict)  # method → the paper's score
     every: Sequence[Record] = ()  # with the runs of other ranks and widths, if there are any
+    base: Sequence[Record] = ()  # of the model as it is
     swept: list[Record] | None = None  # what chooses the rates, if not `records`
     sweep_name: str | None = None  # of the figure of a sweep that several share
     swept_elsewhere: bool = False  # were the rates chosen on another data set?
@@ -94,9 +97,36 @@ class Comparison:
         """All runs of a method that did not diverge."""
         return [r for r in trained(self.records) if method_of(r) == method]
 
-    def sweep_seeds(self, *methods: str) -> int:
-        """With how many seeds at least the rates of these methods were swept."""
-        return min(len(v) for m in methods for v in self.sweep.get(m, {}).values())
+    def sweep_seeds(self, rates: Iterable[float], *methods: str) -> int:
+        """With how many seeds at least these methods were swept at these rates."""
+        found = [self.sweep.get(m, {}) for m in methods]
+        return min(len(by_rate[rate]) for rate in rates for by_rate in found if rate in by_rate)
+
+    def rivals(self, method: str) -> list[float]:
+        """Rates whose losses differ from the best one's by less than the seeds do there."""
+        losses, best = self.losses(method), self.chosen[method]
+        same = [self.loss(r) for r in self.seed_runs(method, best).values()]
+        if len(same) < 2:
+            return []
+        return [r for r, loss in losses.items() if r != best and loss - losses[best] < stdev(same)]
+
+    @property
+    def base_loss(self) -> float | None:
+        """Of the model as it is, on the data that the rates are chosen by."""
+        known = [loss for r in self.base if (loss := self.loss(r)) is not None]
+        return mean_interval(known)[0] if known else None
+
+    @property
+    def best_loss(self) -> float:
+        """Of the adapters, each at its best rate."""
+        adapters = [m for m in self.sweep if titles.method(m).role != "full"] or list(self.sweep)
+        return min(min(self.losses(m).values()) for m in adapters)
+
+    def seed_runs(self, method: str, rate: float) -> dict[int, Record]:
+        """Seed → a run at this rate, of the usual rank and width, that did not diverge."""
+        runs = [*([] if self.swept_elsewhere else self.sweep_runs), *self.records]
+        at = [r for r in trained(runs) if method_of(r) == method and r.config["lr"] == rate]
+        return {r.config["seed"]: r for r in at}
 
     @property
     def rates_figure(self) -> str:
@@ -149,6 +179,12 @@ class Comparison:
         text = f"scripts/sweep_{sweep}.sh {self.experiment} {at}{_scale(self.preset)}"
         return f"{text} {self.override}" if self.override else text
 
+    @property
+    def base_command(self) -> str:
+        """What runs the model as it is."""
+        words = (f"preset={self.preset}", self.override, "fine_tune=false", "run_name=base")
+        return " ".join(filter(None, (f"python experiments/{self.experiment}.py", *words)))
+
     def rates_command(self, *methods: str) -> str:
         """The sweep of these methods' learning rates."""
         return rates_command(self.experiment, self.preset, methods)
@@ -179,7 +215,7 @@ def one_per_scale(comparisons: Iterable[Comparison]) -> list[Comparison]:
 
 @dataclass(frozen=True)
 class GoodRates:
-    """The neighbouring learning rates around the best one that are within TOLERANCE of a loss."""
+    """The neighbouring learning rates around the best one at which a loss is low enough."""
 
     rates: list[float]
     grid: list[float]
@@ -212,17 +248,21 @@ class GoodRates:
         return f"{self.rates[0]:g} to {self.rates[-1]:g} ({bound}×{factor:g})"
 
 
-def good_rates(losses: dict[float, float], best: float | None = None) -> GoodRates:
-    """Rates within TOLERANCE of `best` (default: the lowest of these losses)."""
+def good_rates(losses: dict[float, float], bound: float) -> GoodRates:
+    """Rates whose losses are at most `bound`."""
     grid = sorted(losses)
-    best = min(losses.values()) if best is None else best
 
     def good(rate: float) -> bool:
-        return losses[rate] <= TOLERANCE * best
+        return losses[rate] <= bound
 
     middle = grid.index(min(grid, key=losses.get))
     lower, higher = takewhile(good, grid[:middle][::-1]), takewhile(good, grid[middle:])
     return GoodRates(sorted([*lower, *higher]), grid)
+
+
+def loss_at(share: float, base: float, best: float) -> float:
+    """What reaches this share of the gain from the base model's loss to the best one."""
+    return base - share * (base - best)
 
 
 def usual(records: Sequence[Record]) -> list[Record]:

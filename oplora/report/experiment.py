@@ -2,7 +2,7 @@
 
 A room of oplora.studies takes part through a module `report` with an object EXPERIMENT: an
 `Experiment`, or anything else with its `name`, `order`, `readme`, `stand_ins` and `read`, which
-gives what `FineTuning` has: comparisons, section, claims, standings and sensitivity.
+gives what `FineTuning` has: comparisons, section, claims, gains, measured, standings, sensitivity.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,11 @@ from functools import cached_property
 
 from oplora.harness.runs import Record
 from oplora.report import across, tables
+from oplora.report.against import Measured, measured
 from oplora.report.claims import Claim, Thesis, of_experiment
 from oplora.report.comparison import Comparison, one_per_scale, usual
 from oplora.report.figures import Curves, over_training, rate_parts
+from oplora.report.front import Gain, gains_of
 from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, Row, Section
 from oplora.report.tables import Groups, Items
@@ -31,7 +33,6 @@ class Experiment:
     loss: Callable[[Record], float | None]  # chooses the learning rates
     loss_title: str = "validation loss"
     loss_caption: str = "Validation loss after training, by learning rate"
-    loss_margin: tuple[float, float] | None = None  # of the figure around the best
     scores: tuple[Score, ...] = ()  # the first is the one that stands for the others
     about: str = ""  # how rates are chosen and the test set is scored
     columns: Callable[[Groups], Sequence[Column]] = lambda final: ()  # of the table of results
@@ -58,8 +59,10 @@ class Experiment:
         """For each preset and variant one by every score."""
         found = []
         scales: dict[tuple[str, str], list[Record]] = {}
-        for r in filter(is_tuned, records):
-            scales.setdefault((r.config["preset"], self.variant(r)), []).append(r)
+        bases: dict[tuple[str, str], list[Record]] = {}
+        for r in records:
+            where = scales if is_tuned(r) else bases
+            where.setdefault((r.config["preset"], self.variant(r)), []).append(r)
         for (preset, variant), every in sorted(scales.items()):
             several = len([name for name, _ in scales if name == preset]) > 1
             usual_runs = usual(every)
@@ -72,6 +75,7 @@ class Experiment:
                     name="_".join(filter(None, (self.name, preset, variant))),
                     records=usual_runs,
                     every=every,
+                    base=bases.get((preset, variant), ()),
                     loss=self.loss,
                     score=score,
                     cited=tables.cited_scores(self.paper, column) if column else {},
@@ -87,7 +91,7 @@ class Experiment:
         found: list[Part] = [f"{c.scope}. {self.about}"]
         if c.sweep:
             caption = f"{self.loss_caption}; {scope}."
-            found += rate_parts(c, caption, self.loss_title, self.loss_margin)
+            found += rate_parts(c, caption, self.loss_title)
         if final:
             caption = f"{scope}: test set, mean ± 95% interval (seeds). {self.units}"
             first = self.untrained(final, base)
@@ -143,6 +147,12 @@ class FineTuning:
 
     def claims(self) -> list[Claim]:
         return of_experiment(self.experiment.theses, self.experiment.name, self.comparisons)
+
+    def gains(self) -> list[Gain]:
+        return [gain for c in self.comparisons for gain in gains_of(c)]
+
+    def measured(self) -> list[Measured]:
+        return [found for c in self.comparisons for found in measured(c)]
 
     def standings(self) -> list[Row]:
         return [row for c in self.comparisons for row in across.standing(c)]

@@ -1,19 +1,20 @@
 """Figures of methods beside one another: over learning rates, over training, over widths."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from oplora.harness.runs import Record
-from oplora.report.comparison import Comparison, Sweep
+from oplora.report.comparison import Comparison, Sweep, chosen_rates
 from oplora.report.page import Part, ReportFigure
 from oplora.report.statistics import at_shared_steps, mean_interval
+from oplora.report.style import INK, style
 from oplora.report.tables import Groups, rate_table
-from oplora.report.titles import by_method, by_number, method, title
+from oplora.report.titles import by_method, by_number, title
 
 
 def loss_curve(record: Record) -> list[list[float]]:
@@ -29,44 +30,56 @@ class Curves:
     points: Callable[[Record], list] = loss_curve
     ylabel: str = "validation loss"
     xlabel: str = "step"
+    higher: bool = False  # is better
 
 
-def rate_parts(
-    c: Comparison, caption: str, ylabel: str, margin: tuple[float, float] | None = None
-) -> list[Part]:
+def rate_parts(c: Comparison, caption: str, ylabel: str) -> list[Part]:
     """The sweep of a comparison as a figure and as a table."""
     name = c.rates_figure
     return [
-        over_rates(name, caption, c.sweep, ylabel, margin),
+        over_rates(name, caption, c.sweep, ylabel),
         rate_table(name, caption, c.sweep, c.sweep_runs),
     ]
 
 
-def over_rates(
-    name: str, caption: str, sweep: Sweep, ylabel: str, margin: tuple[float, float] | None = None
-) -> ReportFigure:
-    """Every method's result by its learning rate; margin: of the y axis around the best."""
+def over_rates(name: str, caption: str, sweep: Sweep, ylabel: str) -> ReportFigure:
+    """Every method's result by its learning rate, mean and range over seeds."""
     axis = _axis("learning rate", ylabel, xscale="log")
-    for name_, by_rate in sweep.items():
-        means = [mean_interval(values)[0] for values in by_rate.values()]
-        means = [mean if mean < math.inf else math.nan for mean in means]  # a gap in the line
-        axis.plot(list(by_rate), means, "o" + _line(name_), ms=4, label=title(name_))
-    if margin:
-        best = min(min(map(min, by_rate.values())) for by_rate in sweep.values())
-        axis.set_ylim(best - margin[0], best + margin[1])
-    return _finished(name, caption, axis)
+    chosen = chosen_rates(sweep)
+    for method, by_rate in sweep.items():
+        values = [numpy.array(v) for v in by_rate.values()]
+        values = [v if numpy.isfinite(v).all() else v * numpy.nan for v in values]  # a gap
+        means = [v.mean() for v in values]
+        (line,) = axis.plot(list(by_rate), means, label=title(method), **style(method).line)
+        shade(axis, line, [v.min() for v in values], [v.max() for v in values])
+        best = chosen[method]
+        axis.plot(best, means[list(by_rate).index(best)], "*", color=line.get_color(), ms=12)
+    clip(axis)
+    label_ends(axis)
+    best = ", ".join(f"{title(method)} at {rate:g}" for method, rate in chosen.items())
+    seeds = [len(v) for by_rate in sweep.values() for v in by_rate.values()]
+    told = f"Best: {best} (stars). {caption} Mean and range; {_seeds(seeds)} a rate."
+    return ReportFigure(name, told, axis.figure)
 
 
 def over_training(name: str, groups: Groups, curves: Curves, scope: str) -> ReportFigure:
     """Mean and range over seeds for every method."""
-    axis = _axis(curves.xlabel, curves.ylabel)
-    for name_, records in groups.items():
+    axis, ends, seeds = _axis(curves.xlabel, curves.ylabel), {}, []
+    for method, records in groups.items():
         lines = [line for r in records if (line := curves.points(r))]
         if lines:
             xs, values = at_shared_steps(lines)
-            (line,) = axis.plot(xs, values.mean(0), _line(name_), label=title(name_))
+            look = style(method).line
+            (line,) = axis.plot(xs, values.mean(0), label=title(method), **look)
             shade(axis, line, values.min(0), values.max(0))
-    return _finished(name, f"{curves.caption}; {scope}.", axis)
+            ends[title(method)] = values.mean(0)[-1]
+            seeds.append(len(lines))
+    clip(axis, higher=curves.higher)
+    label_ends(axis)
+    order = sorted(ends, key=ends.get, reverse=curves.higher)
+    found = ", ".join(f"{method} {ends[method]:.4g}" for method in order)
+    told = f"At the end, best first: {found}. {curves.caption}; {scope}; {_seeds(seeds)}."
+    return ReportFigure(name, told, axis.figure)
 
 
 def over_widths(
@@ -77,24 +90,34 @@ def over_widths(
     ylabel: str,
     lines: Groups,
 ) -> ReportFigure:
-    """Mean and range over seeds by the MLP's width; the means of two methods as lines."""
+    """Mean and range over seeds by the MLP's width; the means of methods without one as lines."""
     axis = _axis("width of the MLP", ylabel)
-    for name_, runs in by_method(records).items():
+    for method, runs in by_method(records).items():
         values = {w: list(map(score, same)) for w, same in by_number(runs, "mlp_width").items()}
         means = [mean_interval(v)[0] for v in values.values()]
-        (line,) = axis.plot(list(values), means, "o-", label=title(name_))
+        (line,) = axis.plot(list(values), means, label=title(method), **style(method).line)
         shade(axis, line, list(map(min, values.values())), list(map(max, values.values())))
-    for (name_, runs), style in zip(lines.items(), (":", "--"), strict=True):
+    for method, runs in lines.items():
         if runs:
-            mean = mean_interval([score(r) for r in runs])[0]
-            axis.axhline(mean, color="gray", ls=style, label=title(name_))
+            mean, look = mean_interval([score(r) for r in runs])[0], style(method)
+            axis.plot(axis.get_xlim(), [mean] * 2, color=look.color, label=title(method))
     axis.set_xscale("log", base=2)
-    return _finished(name, caption, axis)
+    label_ends(axis)
+    return ReportFigure(name, caption, axis.figure)
+
+
+def _seeds(counts: Sequence[int]) -> str:
+    """ "3 to 8 seeds" """
+    few, many = min(counts), max(counts)
+    if few == many == 1:
+        return "one seed"
+    return f"{many} seeds" if few == many else f"{few} to {many} seeds"
 
 
 def _axis(xlabel: str, ylabel: str, **options: str) -> Axes:
-    axis = Figure(figsize=(8, 4.5)).subplots()
+    axis = Figure(figsize=(8, 4)).subplots()
     axis.set(xlabel=xlabel, ylabel=ylabel, **options)
+    axis.spines[["top", "right"]].set_visible(False)
     return axis
 
 
@@ -103,11 +126,55 @@ def shade(axis: Axes, line: Line2D, low: Sequence[float], high: Sequence[float])
     axis.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.15, lw=0)
 
 
-def _finished(name: str, caption: str, axis: Axes) -> ReportFigure:
-    axis.legend(frameon=False, fontsize=8)
-    return ReportFigure(name, caption, axis.figure)
+def reach(values: Sequence[float], higher: bool = False) -> float:
+    """Where an axis may end: three times as far from the best as the median, or at the worst."""
+    best, worst = (max(values), min(values)) if higher else (min(values), max(values))
+    far = best + 3 * (float(numpy.median(values)) - best)
+    return max(worst, far) if higher else min(worst, far)
 
 
-def _line(name: str) -> str:
-    """Dotted: controls, and the Lite form of a method that is drawn, too."""
-    return ":" if method(name).role == "control" or method(name).mlp == "lite" else "-"
+def clip(axis: Axes, higher: bool = False) -> None:
+    """Let no point that went astray flatten the rest."""
+    values = numpy.concatenate([line.get_ydata() for line in axis.lines])
+    values = values[numpy.isfinite(values)]
+    best, worst = (values.max(), values.min()) if higher else (values.min(), values.max())
+    end = reach(values, higher)
+    if end not in (best, worst):
+        axis.set_ylim(*sorted((best + 0.06 * (best - end), end)))
+        text = "points beyond the axis are not shown"
+        at = {"xy": (0.5, 0.02 if higher else 0.98), "xycoords": "axes fraction"}
+        axis.annotate(text, **at, ha="center", va="center", fontsize=8, color=INK, alpha=0.6)
+
+
+def label_ends(axis: Axes) -> None:
+    """Every line's name at its right end, apart from one another, with the line's own look."""
+    low, high = axis.get_ylim()
+    log = axis.get_yscale() == "log"
+    named = [line for line in axis.lines if not line.get_label().startswith("_")]
+    ends = []
+    for line in named:
+        x, y = numpy.asarray(line.get_xdata(), float), numpy.asarray(line.get_ydata(), float)
+        inside = numpy.flatnonzero(numpy.isfinite(y) & (y >= low) & (y <= high))
+        if len(inside):
+            last = inside[-1]
+            span = (numpy.log(y[last] / low) / numpy.log(high / low) if log
+                    else (y[last] - low) / (high - low))  # fmt: skip
+            ends.append((float(span), x[last], y[last], line))
+    ends.sort(key=lambda end: end[0])
+    apart, heights = 0.07, []
+    for span, *_ in ends:
+        heights.append(max(span, heights[-1] + apart) if heights else span)
+    shift = max(0.0, heights[-1] - 1) if heights else 0.0
+    for n, height in enumerate(reversed(heights)):  # down again, where they left the top
+        heights[-1 - n] = min(height, 1 - n * apart) if shift else height
+    for (_, x, y, line), height in zip(ends, heights, strict=True):
+        axis.annotate(
+            line.get_label(), (x, y), xytext=(1.1, height), textcoords="axes fraction",
+            va="center", fontsize=9, color=line.get_color(),
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "alpha": 0.3, "lw": 0.7},
+        )  # fmt: skip
+        axis.plot(
+            [1.04, 1.09], [height] * 2, color=line.get_color(), ls=line.get_linestyle(),
+            marker=line.get_marker(), ms=line.get_markersize(), transform=axis.transAxes,
+            clip_on=False, lw=line.get_linewidth(),
+        )  # fmt: skip

@@ -16,6 +16,7 @@ class Column:
     digits: int = 1
     scale: float = 100  # fractions are shown in percent
     detail: bool = False  # left out in the README
+    higher: bool | None = None  # is a higher value better?
 
     def __call__(self, record: Record) -> float | None:
         """The metric as it is shown; None where a run has none."""
@@ -31,7 +32,7 @@ class Column:
 class Score(Column):
     """A metric by which methods are compared; the title is its unit."""
 
-    higher: bool = True  # is a higher score better?
+    higher: bool = True
     cited: str | None = None  # the column of the paper's table; may name the {rank}
 
     @property

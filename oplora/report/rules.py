@@ -7,15 +7,32 @@ stands at its own best learning rate.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oplora.report.comparison import Comparison, good_rates
-from oplora.report.statistics import at_shared_steps, mean_interval
+import numpy
+
+from oplora.harness.runs import Record
+from oplora.report.comparison import (
+    GOOD,
+    Comparison,
+    good_rates,
+    loss_at,
+)
+from oplora.report.statistics import (
+    MOST_SEEDS,
+    at_shared_steps,
+    mean_height,
+    mean_interval,
+    p_value,
+    seeds_needed,
+)
 from oplora.report.tables import shipped
 from oplora.report.titles import title
 
-HOLDS, IN_A_RANGE, FAILS = "holds", "holds in a range", "does not hold"
+HOLDS, EQUAL_RATES, FAILS = "holds", "only at equal rates", "does not hold"
 UNTESTABLE, NOT_RUN = "not testable at this scale", "not run yet"
 CURVE_POINTS = 5  # evaluations that tell which curve falls faster
-VERDICTS = (HOLDS, IN_A_RANGE, FAILS, UNTESTABLE, NOT_RUN)
+RANGE_SEEDS = 3  # at each rate, of what is said about a range of them
+PAIRS = {"oplora": "lora", "opdora": "dora"}  # the paper's: a method and what it improves
+VERDICTS = (HOLDS, EQUAL_RATES, FAILS, UNTESTABLE, NOT_RUN)
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,7 @@ class Finding:
     figure: str | None = None
     command: str | None = None
     where: str | None = None  # the learning rates at which it holds, where that is told
+    p: float | None = None  # of a gain's two-sided test
 
 
 def missing(c: Comparison, *methods: str) -> Finding:
@@ -41,9 +59,10 @@ def better(c: Comparison, method: str, base: str) -> Finding:
     """Is a method better than another?
 
     Holds: the interval of the difference lies above zero. Does not hold: it lies below zero. Else
-    in a range: at two or more neighbouring shared rates the validation loss is lower. Not testable:
-    the interval holds both zero and a difference as large as the paper's, or the comparison is
-    unfit (its gate does not hold). Fewer than two shared seeds: not run yet.
+    only at equal rates: at two or more neighbouring shared rates the validation loss is lower, with
+    RANGE_SEEDS seeds at each. Not testable: the interval holds both zero and a difference as large
+    as the paper's (or the paper has none), or the comparison is unfit (its gate does not hold).
+    Else it does not hold. Fewer than two shared seeds: not run yet.
     """
     gains = c.advantage(method, base)
     if len(gains) < 2:
@@ -52,23 +71,37 @@ def better(c: Comparison, method: str, base: str) -> Finding:
     evidence = f"{_gain(method, base)}: {interval(gains, c)} at each one's best rate"
     expected = cited_gain(c, method, base)
     if expected is not None:
-        evidence += f" (the paper's: {expected:+.{c.score.digits}f})"
-    figure = c.rates_figure
-    if c.unfit:
-        return Finding(UNTESTABLE, f"{evidence}; {c.unfit}", figure)
-    low, high = mean - half, mean + half
-    if low > 0:
-        return Finding(HOLDS, evidence, figure)
+        evidence += f" (the paper's: {expected:+.{c.score.digits}f}"
+        evidence += f"; {needed(gains, expected)} would show it)" if expected > 0 else ")"
+    p = p_value(gains)
     window = lower_at(c, method, base)
-    if len(window) > 1:
-        evidence += (
-            f"; lower validation loss (seeds of the sweep: {c.sweep_seeds(method, base)}) at the "
-            f"same rate from {window[0]:g} to {window[-1]:g}"
-        )
-        return Finding(FAILS if high < 0 else IN_A_RANGE, evidence, figure)
-    if expected is not None and low <= 0 < expected <= high:
-        return Finding(UNTESTABLE, evidence + "; the interval holds both", figure)
-    return Finding(FAILS, evidence, figure)
+    seeds = c.sweep_seeds(window, method, base) if len(window) > 1 else 0
+    if len(window) > 1 and not c.unfit:
+        evidence += f"; lower validation loss at the same rate from {window[0]:g} to {window[-1]:g}"
+        evidence += f" ({few(seeds)})" if seeds < RANGE_SEEDS else f" ({seeds} seeds each)"
+
+    low, high = mean - half, mean + half
+    if c.unfit:
+        verdict, evidence = UNTESTABLE, f"{evidence}; {c.unfit}"
+    elif low > 0 or high < 0:
+        verdict = HOLDS if low > 0 else FAILS
+    elif seeds >= RANGE_SEEDS:
+        verdict = EQUAL_RATES
+    elif expected is None or 0 < expected <= high:
+        verdict = UNTESTABLE
+    else:
+        verdict = FAILS
+    return Finding(verdict, evidence, c.rates_figure, p=p)
+
+
+def needed(gains: Sequence[float], effect: float) -> str:
+    """ "21 seeds": how many would show an effect, at these differences' spread."""
+    seeds = seeds_needed(effect, float(numpy.std(gains, ddof=1)))
+    return f"{seeds} seeds" if seeds else f"over {MOST_SEEDS:,} seeds"
+
+
+def few(seeds: int) -> str:
+    return f"{'one seed' if seeds == 1 else f'{seeds} seeds'} only: does not count"
 
 
 def not_worse(c: Comparison, method: str, base: str) -> Finding:
@@ -101,47 +134,78 @@ def _not_worse(c: Comparison, gains: list[float], what: str, command: str) -> Fi
 
 
 def less_sensitive(c: Comparison, method: str, base: str) -> Finding:
-    """Is the range of good learning rates wider (highest over lowest; within 5% of its own best)?
+    """Is the range of good learning rates wider (highest over lowest)?
 
-    Holds or does not: the ranges differ by more than one step of the grid. Else the grid is too
-    coarse: not testable. If the narrower range reaches an edge of its grid, a longer grid is
-    needed: not run yet.
+    A rate is good if it reaches GOOD of the gain from the base model's loss to that of the best
+    tuned adapter. Holds or does not: the ranges differ by more than one step of the grid. Else the
+    grid is too coarse: not testable. Not run yet: the base model's loss is not known, a rate has
+    fewer than RANGE_SEEDS seeds, or the narrower range reaches an edge of its grid.
     """
     if not (c.losses(method) and c.losses(base)):
         return missing(c, base, method)
-    mine, theirs = good_rates(c.losses(method)), good_rates(c.losses(base))
-    evidence = f"within 5% of its own best: {title(method)} {mine}, {title(base)} {theirs}"
-    figure = c.rates_figure
-    ratio, step = mine.factor / theirs.factor, 1.5 * max(mine.step, theirs.step)
-    narrower = theirs if ratio > 1 else mine
-    verdict = HOLDS if ratio > step else FAILS if ratio < 1 / step else UNTESTABLE
+    if c.base_loss is None:
+        return Finding(NOT_RUN, "no run has the base model's loss", command=c.base_command)
+    bound, figure = loss_at(GOOD, c.base_loss, c.best_loss), c.rates_figure
+    mine, theirs = good_rates(c.losses(method), bound), good_rates(c.losses(base), bound)
+    evidence = f"rates that reach {GOOD:.0%} of the gain: {title(method)} {mine}, {title(base)} "
+    evidence += str(theirs)
+    command = c.rates_command(base, method)
+    seeds = min(c.sweep_seeds(found.grid, m) for m, found in ((method, mine), (base, theirs)))
+    if seeds < RANGE_SEEDS:
+        command += f" seed={','.join(map(str, range(RANGE_SEEDS)))}"
+        return Finding(NOT_RUN, f"{evidence}; {few(seeds)}", figure, command)
+    narrower, wider = sorted((mine, theirs), key=lambda found: found.factor)
     if narrower.open:
         evidence += "; the narrower range reaches the edge of its grid"
-        wider = f"{c.rates_command(base, method)} lr=… (wider)"
-        return Finding(NOT_RUN, evidence, figure, wider)
-    if verdict == UNTESTABLE:
-        evidence += "; they differ by no more than a step of the grid"
-    return Finding(verdict, evidence, figure)
+        return Finding(NOT_RUN, evidence, figure, f"{command} lr=… (wider)")
+    if wider.factor > 1.5 * max(mine.step, theirs.step) * narrower.factor:
+        return Finding(HOLDS if wider is mine else FAILS, evidence, figure)
+    return Finding(UNTESTABLE, f"{evidence}; they differ by no more than a step", figure)
 
 
-def sooner(c: Comparison, method: str, base: str) -> Finding:
-    """Does a method reach the other's final validation loss earlier, both at their best rates?
+def faster(c: Comparison, method: str, base: str) -> Finding:
+    """Is the area under the validation curve smaller, to the same number of steps?
 
-    Holds: at an earlier step than the other's last; curves are means over seeds. Not testable:
-    fewer than CURVE_POINTS evaluations.
+    Areas are divided by the steps: a gain is a difference of mean losses on the same seed. Holds:
+    its interval lies above zero, each at its own best rate. Only at equal rates: not so, but with
+    RANGE_SEEDS seeds at the other's best rate. Does not hold: it lies below zero. Not testable: the
+    seeds do not tell, or a curve has fewer than CURVE_POINTS evaluations.
     """
-    mine, theirs = loss_curve(c, method), loss_curve(c, base)
-    if not mine or not theirs:
-        return missing(c, base, method)
-    last, goal = theirs[-1]
-    first = next((step for step, loss in mine if loss <= goal), None)
-    reached = "never" if first is None else f"at step {first}"
-    evidence = f"{title(base)}'s final validation loss ({goal:.3f}, step {last}): {reached}"
-    if len(theirs) < CURVE_POINTS:
-        evidence += f"; evaluated {len(theirs)} times only"
-        return Finding(UNTESTABLE, evidence, f"{c.name}_curves")
-    verdict = HOLDS if first is not None and first < last else FAILS
-    return Finding(verdict, evidence, f"{c.name}_curves")
+    best = [c.seed_runs(m, c.chosen[m]) if m in c.chosen else {} for m in (method, base)]
+    gains, points = area_gains(c, *best)
+    if len(gains) < 2:
+        return Finding(NOT_RUN, command=c.command(base, method))
+    figure, p = f"{c.name}_curves", p_value(gains)
+    evidence = f"mean height of the validation curve, {_gain(method, base)}: {signed(gains)}"
+    evidence += " at each one's best rate"
+    if points < CURVE_POINTS:
+        return Finding(UNTESTABLE, f"{evidence}; evaluated {points} times only", figure, p=p)
+    rate = c.chosen[base]
+    equal, _ = area_gains(c, c.seed_runs(method, rate), best[1])
+    if rate != c.chosen[method] and len(equal) > 1:
+        evidence += f"; {signed(equal)} at the same rate {rate:g}"
+    mean, half = mean_interval(gains)
+    if abs(mean) > half:
+        return Finding(HOLDS if mean > 0 else FAILS, evidence, figure, p=p)
+    if len(equal) >= RANGE_SEEDS:
+        mean, half = mean_interval(equal)
+        if mean > half:
+            return Finding(EQUAL_RATES, evidence, figure, p=p)
+    return Finding(UNTESTABLE, evidence, figure, p=p)
+
+
+def area_gains(
+    c: Comparison, mine: dict[int, Record], theirs: dict[int, Record]
+) -> tuple[list[float], int]:
+    """For every seed that both have, and the number of evaluations that they share."""
+    gains, points = [], 0
+    for seed in sorted(mine.keys() & theirs.keys()):
+        curves = [r.metrics.get("validation_loss") or [] for r in (mine[seed], theirs[seed])]
+        steps, losses = at_shared_steps(curves)
+        points = len(steps)
+        if points > 1:
+            gains.append(mean_height(list(zip(steps, losses[1] - losses[0], strict=True))))
+    return gains, points
 
 
 def best_seed(c: Comparison, method: str, base: str) -> Finding:
@@ -251,24 +315,21 @@ def lower_at(c: Comparison, method: str, base: str) -> list[float]:
     return best
 
 
-def loss_curve(c: Comparison, method: str) -> list[tuple[int, float]]:
-    """Mean over seeds of (step, validation loss) at the method's best rate."""
-    curves = [r.metrics.get("validation_loss") for r in c.at_best.get(method, [])]
-    steps, losses = at_shared_steps([curve for curve in curves if curve])
-    return list(zip(steps, losses.mean(0).tolist(), strict=True)) if steps else []
-
-
 def _gain(method: str, base: str) -> str:
     return f"gain of {title(method)} over {title(base)}"
 
 
-def interval(gains: list[float], c: Comparison) -> str:
+def interval(gains: Sequence[float], c: Comparison) -> str:
     """Mean and 95% interval of differences, in the comparison's unit."""
+    return signed(gains, c.score.digits, f" {c.score.unit}")
+
+
+def signed(gains: Sequence[float], digits: int = 3, unit: str = "") -> str:
+    """ "+1.9 ± 0.6 points (3 seeds)" """
     mean, half = mean_interval(gains)
-    digits = c.score.digits
     if half is None:
-        return f"{mean:+.{digits}f} {c.score.unit} (one seed)"
-    return f"{mean:+.{digits}f} ± {half:.{digits}f} {c.score.unit} ({len(gains)} seeds)"
+        return f"{mean:+.{digits}f}{unit} (one seed)"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}{unit} ({len(gains)} seeds)"
 
 
 def _metric(c: Comparison, method: str, key: str) -> float | None:

@@ -47,7 +47,8 @@ def results_table(
     """Results and costs of every method; `first`: rows of what is not trained."""
     rows = [method_row(method, runs, columns) for method, runs in groups.items()]
     details = [column.title for column in columns if column.detail]
-    return Table(name, caption, [*first, *rows], details=[*details, *COSTS])
+    higher = {column.title: column.higher for column in columns if column.higher is not None}
+    return Table(name, caption, [*first, *rows], details=[*details, *COSTS], higher=higher)
 
 
 def grouped_rows(records: Iterable[Record], key: str, columns: Sequence[Column]) -> list[Row]:

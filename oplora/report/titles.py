@@ -5,7 +5,7 @@ The files are read as they stand: a run's own config has these fields only if it
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from math import inf
@@ -16,9 +16,10 @@ import yaml
 
 from oplora.harness.runs import Record
 
-FIELDS = ("title", "role", "mlp", "grid", "order")  # of configs/method/<name>.yaml
+FIELDS = ("title", "role", "mlp", "family", "grid", "order")  # of configs/method/<name>.yaml
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ROLES = ("full", "method", "control")  # in the order of the tables
+FAMILIES = ("lora", "dora", "full", "scale", "generator", "other")  # each has a colour
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Method:
     name: str
     title: str
     role: str = "method"
-    mlp: str = "none"  # or full, lite: what predicts the adapter in training
+    mlp: str = "none"  # or full, lite, other: what predicts the adapter in training
+    family: str = "other"  # of FAMILIES
     grid: str = "plain"  # of configs/grids.yaml
     order: float = inf  # among the methods of its role; those without one follow, by name
 
@@ -46,8 +48,12 @@ def methods(configs: Path = CONFIGS) -> dict[str, Method]:
         given = _read(path)
         given = {key: given[key] for key in FIELDS if key in given}
         method = Method(path.stem, **{"title": path.stem, **given})
-        if method.role not in ROLES:
-            raise ValueError(f"{path}: role is {method.role!r}, choose one of {', '.join(ROLES)}")
+        for what, value, known in (
+            ("role", method.role, ROLES),
+            ("family", method.family, FAMILIES),
+        ):
+            if value not in known:
+                raise ValueError(f"{path}: {what} is {value!r}, choose one of {', '.join(known)}")
         found.append(method)
     return {method.name: method for method in sorted(found, key=lambda m: m.key)}
 
@@ -106,7 +112,16 @@ class Scope:
 
     @property
     def short(self) -> str:
-        return f"{self.model} ({self.unit})" if self.unit else self.model
+        return f"{self.column} ({self.unit})" if self.unit else self.column
+
+    def of(self, unit: str) -> "Scope":
+        """By one score."""
+        return replace(self, unit=unit)
+
+    @property
+    def column(self) -> str:
+        """Of the matrix of claims and settings."""
+        return ", ".join(filter(None, (self.model, self.variant)))
 
 
 @cache

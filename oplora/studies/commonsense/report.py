@@ -14,7 +14,7 @@ from oplora.report.statistics import mean_interval, paired_bootstrap
 from oplora.report.tables import Groups, Items, paired_items, predictions, signed
 from oplora.report.titles import method, title
 
-NLL = Column("held-out NLL", "held_out_nll", 3, 1)
+NLL = Column("held-out NLL", "held_out_nll", 3, 1, higher=False)
 
 
 def columns(final: Groups) -> list[Column]:
@@ -23,8 +23,8 @@ def columns(final: Groups) -> list[Column]:
     tasks = [key for key in metrics if key.startswith("accuracy_")]
     return [
         NLL,
-        Column("average", "accuracy"),
-        *(Column(key.removeprefix("accuracy_"), key, detail=True) for key in tasks),
+        Column("average", "accuracy", higher=True),
+        *(Column(key.removeprefix("accuracy_"), key, detail=True, higher=True) for key in tasks),
     ]
 
 
@@ -62,6 +62,8 @@ def beyond(c: Comparison, final: Groups) -> list[Part]:
     Against the best of LoRA and its controls, and against the control that shares its step sizes
     and its first A: there the difference is what the MLP's movement of h does.
     """
+    # generated answers have no likelihoods
+    final = {m: runs for m, runs in final.items() if all(NLL(r) is not None for r in runs)}
     if not {"lora", "oplora"} <= set(final):
         return []
     rivals = [m for m in final if m == "lora" or method(m).role == "control"]
@@ -93,7 +95,6 @@ EXPERIMENT = Experiment(
     loss=lambda r: r.metrics.get("validation_nll"),
     loss_title="validation NLL",
     loss_caption="Validation NLL after training, nats per token, by learning rate",
-    loss_margin=(0.05, 0.8),
     scores=(
         Score("points of accuracy", "accuracy", cited="average"),
         Score("held-out nats per token", "held_out_nll", digits=3, scale=1, higher=False),

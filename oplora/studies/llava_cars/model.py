@@ -98,6 +98,18 @@ class Llava(LlavaForConditionalGeneration):
 register_checkpoint_conversion_mapping("Llava", get_checkpoint_conversion_mapping("llava"))
 
 
+def example_loss(model: Llava, rows: int, text_tokens: int) -> Tensor:
+    """The loss of cached image features and text of these shapes, for the dry run."""
+    vision, text = model.config.vision_config, model.config.text_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    images = model.model.multi_modal_projector(torch.zeros(rows, patches, vision.hidden_size))
+    words = torch.zeros(rows, text_tokens, text.hidden_size, dtype=model.dtype)
+    states = torch.cat([images.to(model.dtype), words], 1)
+    labels = torch.zeros(rows, text_tokens, dtype=torch.long)
+    kept = torch.arange(states.shape[1] - text_tokens, states.shape[1])
+    return model(inputs_embeds=states, labels=labels, logits_to_keep=kept).loss
+
+
 class Precomputed(nn.Module):
     """In place of a tower: what comes in is what the projector reads."""
 

@@ -13,9 +13,9 @@ from oplora.report.tables import Groups, Items, grouped_rows, predictions, signe
 from oplora.report.titles import method, method_of
 
 COLUMNS = (
-    Column("top-1", "accuracy"),
-    Column("top-1, exact", "exact_accuracy"),
-    Column("test NLL", "test_nll", 3, 1),
+    Column("top-1", "accuracy", higher=True),
+    Column("top-1, exact", "exact_accuracy", higher=True),
+    Column("test NLL", "test_nll", 3, 1, higher=False),
 )
 
 

@@ -114,6 +114,8 @@ def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
 class SGD:
     """x ← x - lr g, for tensors with members in the first dimension."""
 
+    follows_scale = True  # are the steps proportional to the loss?
+
     def dense(self, name: str, x: Tensor, g: Tensor, lr: Tensor):
         x.addcmul_(_like(lr, x), g, value=-1)
 
@@ -149,6 +151,8 @@ class Momentum(SGD):
 
 class Adam(SGD):
     """torch.optim.Adam, without weight decay."""
+
+    follows_scale = False
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         self.betas, self.eps, self.moments = tuple(betas), eps, {}
@@ -338,7 +342,8 @@ def factorize(
     past: dict[int, Tensor] = {}
     logged = {name: [] for name in CURVES}
     first = None
-    bar = tqdm(range(problem.steps + 1), desc=progress, disable=progress is None, mininterval=2)
+    silent = None if progress else True  # None: where there is no terminal
+    bar = tqdm(range(problem.steps + 1), desc=progress, disable=silent, mininterval=2)
     for step in bar:  # the last pass only measures
         A, B = model.tensors()
         error, gA, gB = gradients(A, B)

@@ -9,12 +9,15 @@ import torch
 from datasets import Array2D, Array3D, Dataset, Features, Value
 from datasets import Sequence as Values
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
+
+from oplora.baselines.products import Factors, plain_lora
 
 
 def encode(
@@ -57,17 +60,18 @@ def encode(
 
     folder.mkdir(parents=True, exist_ok=True)
     key = _content_hash(images, pipeline, (resolution, crop_seed))
-    encoded = images.map(
-        rows,
-        batched=True,
-        batch_size=batch_size,
-        with_indices=True,
-        remove_columns=images.column_names,
-        features=Features({k: _feature(v[0]) for k, v in rows(images[:1], [0]).items()}),
-        cache_file_name=str(folder / f"{key}.arrow"),
-        new_fingerprint=key,
-        desc="Latents and text embeddings",
-    )
+    with FileLock(folder / f".{key}.lock"):  # other runs and processes wait for the one file
+        encoded = images.map(
+            rows,
+            batched=True,
+            batch_size=batch_size,
+            with_indices=True,
+            remove_columns=images.column_names,
+            features=Features({k: _feature(v[0]) for k, v in rows(images[:1], [0]).items()}),
+            cache_file_name=str(folder / f"{key}.arrow"),
+            new_fingerprint=key,
+            desc="Latents and text embeddings",
+        )
     return encoded.with_format("torch")
 
 
@@ -163,6 +167,17 @@ class DenoisingLoss(nn.Module):
         self.unet.enable_gradient_checkpointing()
 
 
+def example_loss(unet: UNet2DConditionModel, rows: int, resolution: int) -> Tensor:
+    """A loss of inputs of the real shapes, for the dry run (`oplora.harness.cost`)."""
+    config, side = unet.config, resolution // 8
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    extra = {"text_embeds": torch.zeros(rows, pooled), "time_ids": torch.zeros(rows, 6)}
+    noisy = torch.zeros(rows, config.in_channels, side, side)
+    text = torch.zeros(rows, 77, config.cross_attention_dim)
+    steps = torch.zeros(rows, dtype=torch.long)
+    return unet(noisy, steps, text, added_cond_kwargs=extra).sample.float().square().mean()
+
+
 def held_out(encoded: Dataset, draws: int) -> Dataset:
     """Every row `draws` times, each with noise and a time step of its own that never change."""
     rows = encoded.select(list(range(len(encoded))) * draws)
@@ -178,7 +193,7 @@ class Snapshots(TrainerCallback):
         self.steps, self.measure = set(steps), measure
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step in self.steps:
+        if state.global_step in self.steps and state.is_world_process_zero:
             for each in (model, optimizer):  # schedule-free optimizers have modes, too
                 each.eval()
             self.measure(state.global_step)
@@ -186,11 +201,17 @@ class Snapshots(TrainerCallback):
                 each.train()
 
 
-def export(unet: UNet2DConditionModel, folder: Path, initial: dict[str, Tensor]) -> None:
+def export(
+    unet: UNet2DConditionModel,
+    folder: Path,
+    initial: dict[str, Tensor],
+    factors: Factors | None = None,
+) -> None:
     """Save what was trained: LoRA and DoRA as stock diffusers loads them, others as tensors.
 
     initial: `adapter_state(unet)` before training. Where a start took A and B out of the base
     weights (PiSSA, OLoRA) the exported difference is B·A − B0·A0, an adapter of twice the rank.
+    factors: what is saved in place of the present adapter.
     """
     state, config = adapter_state(unet), getattr(unet, "peft_config", {}).get("default")
     if not isinstance(config, LoraConfig):
@@ -198,6 +219,9 @@ def export(unet: UNet2DConditionModel, folder: Path, initial: dict[str, Tensor])
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / "trained.safetensors")
         return
+    if factors is not None:
+        state, config = plain_lora(config, factors)
+        initial = {}
     metadata = config.to_dict()
     if isinstance(config.target_modules, set):  # sorted, the same run writes the same bytes
         metadata["target_modules"] = sorted(config.target_modules)

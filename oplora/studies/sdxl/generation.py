@@ -166,7 +166,11 @@ def generate(
 
 
 def merge(unet: UNet2DConditionModel) -> None:
-    """Fold the adapter into the weights: what is measured is what inference runs."""
+    """Fold the adapter into the weights: what is measured is what inference runs.
+
+    In float32, as half-precision weights would round small updates away.
+    """
+    unet.float()
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
             module.merge()

@@ -41,6 +41,7 @@ def comparisons(records: list[Record]) -> list[Comparison]:
             name=f"sdxl_{preset}_{dataset}",
             records=usual(measured),
             every=measured,
+            base=[r for r in records if not is_tuned(r) and _scale(r) == (preset, dataset)],
             swept=swept,
             sweep_name=f"sdxl_{preset}_rates",
             swept_elsewhere=dataset not in {dataset_of(r) for r in swept},
@@ -50,7 +51,7 @@ def comparisons(records: list[Record]) -> list[Comparison]:
             variant=dataset,
             override=f"dataset={dataset}",
         )
-        base = [r for r in records if not is_tuned(r) and _scale(r) == (preset, dataset)]
+        base = comparison.base
         rows = gate(base[0], comparison.at_best) if base else []
         fails = any(row.cells.get("holds") == "no" for row in rows)
         found.append(replace(comparison, unfit="the gate does not hold" if fails else ""))
@@ -92,7 +93,8 @@ def dataset_parts(scope: str, measured: list[Record], c: Comparison | None) -> l
         "each method at its chosen rate: mean ± 95% interval (seeds). Brackets: 95% bootstrap "
         "interval over images. Held-out loss: on the new style."
     )
-    parts: list[Part] = [Table(name, caption, rows, details=COSTS)]
+    higher = {distance_of(measured[0]): False, HELD_OUT.title: False}
+    parts: list[Part] = [Table(name, caption, rows, details=COSTS, higher=higher)]
     if base:
         caption = f"{scope}: can this base model measure style at all? Fixed before the comparison."
         parts.append(Table(f"{name}_gate", caption, gate(base[0], groups)))
@@ -186,7 +188,8 @@ def grid(name: str, scope: str, base: list[Record], groups: Groups) -> ReportFig
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
     captions = ", ".join(any_run.metrics["captions"])
-    return ReportFigure(name, f"The same captions and noise for all; {scope}: {captions}.", figure)
+    told = f"The same captions and noise for all; {scope}: {captions}."
+    return ReportFigure(name, told, figure, photo=True)
 
 
 def _with_interval(distances: Mapping[str, float], metric: str) -> str:

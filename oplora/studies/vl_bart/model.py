@@ -138,6 +138,17 @@ def item_loss(logits: Tensor, labels: Tensor, scores: Tensor | None = None) -> T
     return (means if scores is None else means * scores).mean()
 
 
+def example_loss(model: VLBart, rows: int, tokens: int, target_tokens: int) -> Tensor:
+    """The loss of inputs of these shapes and one grid each, for the dry run."""
+    config, ids = model.config, torch.zeros(rows, tokens, dtype=torch.long)
+    return model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        grids=torch.zeros(rows, 1, config.cells, config.feature_size),
+        labels=torch.zeros(rows, target_tokens, dtype=torch.long),
+    ).loss
+
+
 def base_folder(folder: str) -> str:
     """The folder of the small preset's base model; FileNotFoundError says how to make it."""
     if not Path(folder, "model.safetensors").is_file():

@@ -19,12 +19,12 @@ from oplora.report.titles import by_method, by_number, method_of, title
 # CIDEr has another unit, which would rule the average of four.
 ACCURACY = Score("points of accuracy", "average_without_captions", cited="average without captions")
 COLUMNS = (  # all are shown × 100, as the paper does
-    Column("vqa", "vqa_accuracy"),
-    Column("gqa", "gqa_accuracy"),
-    Column("nlvr", "nlvr_accuracy"),
-    Column("cider", "cider"),
-    Column("average", "average"),
-    Column("average without captions", ACCURACY.metric),
+    Column("vqa", "vqa_accuracy", higher=True),
+    Column("gqa", "gqa_accuracy", higher=True),
+    Column("nlvr", "nlvr_accuracy", higher=True),
+    Column("cider", "cider", higher=True),
+    Column("average", "average", higher=True),
+    Column("average without captions", ACCURACY.metric, higher=True),
 )
 TASKS = ("vqa", "gqa", "nlvr")  # with a score per item
 
@@ -119,6 +119,7 @@ EXPERIMENT = Experiment(
         accuracy_by_epoch,
         "accuracy, %",
         "epoch",
+        higher=True,
     ),
     more=details,
     theses=(

@@ -27,7 +27,8 @@ def upstream_sides(
 
     VQA and captions: Karpathy's splits (restval is trained); NLVR: train, valid, test-P; GQA:
     train and valid, testdev. Upstream validates GQA on testdev, which is its test set too; here
-    the questions about a `gqa_validation` share of the training images are held out instead.
+    the questions about a `gqa_validation` share of the training images are held out instead; at 0
+    nothing is, and GQA is not validated.
     items_per_task: the most items of every task on a side.
     """
     root = Path(folder)
@@ -55,6 +56,8 @@ def upstream_sides(
             "caption": caption_items(root, ("test",), coco, human=True),
         },
     }
+    if not gqa_validation:
+        del sides["validation"]["gqa"]
     counts = items_per_task or {}
     return {
         side: {task: items[: counts.get(side)] for task, items in tasks.items()}

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 
 import numpy
 import pandas
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oplora.report.figures import shade
+from oplora.report.figures import label_ends, shade
 from oplora.report.page import ReportFigure
+from oplora.report.style import DASHES, INK, style
 from oplora.report.titles import title
 from oplora.studies.matrix_factorization.report.study import (
-    COLORS,
     OPTIMIZERS,
     Studies,
     Study,
@@ -57,27 +56,33 @@ def figure2(methods: dict[str, Study]) -> ReportFigure:
     for axis, chosen in zip(axes, (inside, everything), strict=True):
         _loss_curves(axis, methods, chosen)
     caption = (
-        "Figure 2. Reconstruction error over 1000 steps of SGD (median over seeds); light to dark: "
-        "low to high learning rate; red: rank-8 SVD. The picture depends on which rates are shown."
+        "Figure 2. Error over 1000 steps of SGD (median over seeds); faint to strong: "
+        "low to high learning rate; line: rank-8 SVD. What it shows depends on the rates."
     )
     return ReportFigure("figure2", caption, figure)
 
 
 def _loss_curves(axis: Axes, methods: dict[str, Study], chosen: list[int]) -> None:
-    for name, shades in (("mf", "Oranges"), ("opmf", "Blues")):
+    """Faint to strong: low to high rates."""
+    for name in ("mf", "opmf"):
         study = methods[name]
         shown = [i for i in chosen if i in study.stable]
-        colors = colormaps[shades](numpy.linspace(0.3, 0.95, len(chosen)))
-        for i, color in zip(chosen, colors, strict=True):
-            if i in shown:
-                label = title(name) if i == shown[-1] else None
-                axis.plot(study.steps, study.curve("mse", i), color=color, lw=1.2, label=label)
+        for i in shown:
+            options = _line(name) | {"lw": 1.2}
+            options["alpha"] = 0.25 + 0.75 * (chosen.index(i) + 1) / len(chosen)
+            label = title(name) if i == shown[-1] else None
+            axis.plot(study.steps, study.curve("mse", i), label=label, **options)
     _error_axis(axis, methods["mf"])
     axis.legend(frameon=False)
 
 
+def _line(name: str) -> dict[str, str]:
+    """Without markers: there are many steps."""
+    return {"color": style(name).color, "ls": DASHES[style(name).kind]}
+
+
 def _error_axis(axis: Axes, study: Study) -> None:
-    axis.axhline(numpy.median(study.svd), color="red", lw=1, label="SVD")
+    axis.axhline(numpy.median(study.svd), color=INK, lw=0.8, label="SVD")
     axis.set_yscale("log")
     axis.set_ylim(0.058, 0.4)
     axis.set_yticks([0.06, 0.08, 0.1, 0.2, 0.3], ["0.06", "0.08", "0.10", "0.20", "0.30"])
@@ -95,19 +100,19 @@ def figure3(methods: dict[str, Study]) -> ReportFigure:
             for name, rate in zip(("mf", "opmf"), chosen, strict=True):
                 study = methods[name]
                 text = f"{title(name)}, rate {study.rates[rate]:g}"
-                axis.plot(study.steps, study.curve(key, rate), color=COLORS[name], label=text)
+                axis.plot(study.steps, study.curve(key, rate), label=text, **_line(name))
             axis.set_title(f"{label} ({where})", fontsize=10)
             if key in ("mse", "gradient_norm"):
                 axis.set_yscale("log")
-        line[0].axhline(numpy.median(mf.svd), color="red", lw=1)
-        line[3].axhline(numpy.median(mf.record.metrics["svd_effective_rank"]), color="red", lw=1)
+        line[0].axhline(numpy.median(mf.svd), color=INK, lw=1)
+        line[3].axhline(numpy.median(mf.record.metrics["svd_effective_rank"]), color=INK, lw=1)
         line[0].legend(frameon=False)
     for axis in axes[1]:
         axis.set_xlabel("step")
     figure.tight_layout()
     caption = (
         "Figure 3. Gradient analysis with SGD (medians over seeds). Top: both at OP-MF's best "
-        "rate; bottom: each method at its own best rate. Red: the SVD solution."
+        "rate; bottom: each method at its own best rate. Black: the SVD solution."
     )
     return ReportFigure("figure3", caption, figure)
 
@@ -125,15 +130,14 @@ def sensitivity(found: Studies) -> ReportFigure:
     figure, axes = panels(titles, "learning rate", "final MSE", (15, 4))
     for axis, methods in zip(axes, found.values(), strict=True):
         for method, study in methods.items():
-            color = COLORS.get(method)  # None: the next of matplotlib's
             rates = [study.rates[i] for i in study.stable]
             final = pandas.DataFrame(study.final[study.stable]).replace(numpy.inf, numpy.nan).T
             name, middle = title(method), final.median()
-            (line,) = axis.plot(rates, middle, "o-", ms=3, color=color, label=name)
+            (line,) = axis.plot(rates, middle, label=name, **style(method).line)
             shade(axis, line, final.min(), final.max())
         axis.set_xscale("log")
         _error_axis(axis, study)
-    axes[-1].legend(frameon=False, fontsize=8)
+    label_ends(axes[-1])
     caption = (
         "Sensitivity. Final error against the learning rate: median and range over seeds; a line "
         "ends where most seeds diverge. The controls share OP-MF's step sizes, first A, or both."
@@ -148,10 +152,10 @@ def step_sizes(complete: Studies) -> ReportFigure:
     figure, axes = panels(titles, "step", ylabel, (15, 3.5), sharey=False)
     for axis, methods in zip(axes, complete.values(), strict=True):
         study, shown = methods["opmf"], methods["opmf"].stable
-        colors = colormaps["Blues"](numpy.linspace(0.3, 1, len(shown)))
-        for i, color in zip(shown, colors, strict=True):
+        for n, i in enumerate(shown):
             label = f"rate {study.rates[i]:g}" if i in (shown[0], shown[-1]) else None
-            axis.plot(study.steps, study.curve("step_multiplier", i), color=color, label=label)
+            look = _line("opmf") | {"alpha": 0.25 + 0.75 * (n + 1) / len(shown)}
+            axis.plot(study.steps, study.curve("step_multiplier", i), label=label, **look)
         axis.set_yscale("log")
         axis.legend(frameon=False)
     caption = (

@@ -12,13 +12,6 @@ from oplora.harness.runs import Record
 from oplora.report.titles import in_order
 
 OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam"}
-COLORS = {
-    "mf": "tab:orange",
-    "opmf": "tab:blue",
-    "mf_matched": "tab:green",
-    "mf_mlp_start": "tab:gray",
-    "mf_matched_mlp_start": "tab:purple",
-}
 REACHED = 1.02  # times the SVD error: closer than the line width of the paper's figure
 
 
@@ -51,6 +44,11 @@ class Study:
     def svd(self) -> numpy.ndarray:
         """SVD error of every seed's target."""
         return numpy.array(self.record.metrics["svd_mse"])
+
+    @property
+    def start(self) -> float:
+        """The error before training, median over seeds."""
+        return numpy.median(self.curves["mse"][0, :, 0])
 
     @cached_property
     def final(self) -> numpy.ndarray:

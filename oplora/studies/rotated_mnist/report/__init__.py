@@ -6,8 +6,11 @@ import numpy
 
 from oplora.harness.runs import Record
 from oplora.report import across
+from oplora.report.against import Measured
+from oplora.report.against import measured as measured_of
 from oplora.report.claims import Claim
-from oplora.report.comparison import good_rates
+from oplora.report.comparison import GOOD, good_rates, loss_at
+from oplora.report.front import Gain, gains_of
 from oplora.report.metrics import Column
 from oplora.report.page import Part, Row, Section, Table
 from oplora.report.statistics import shown
@@ -30,8 +33,8 @@ COLUMNS = (
     Column("held-out accuracy", "test_accuracy"),
 )
 ABOUT = (
-    "mean ± 95% interval (seeds) at each method's best rate, the neighbouring rates whose loss is "
-    "within 5% of the method's own best and of the best method's (of 13), and the members that "
+    "mean ± 95% interval (seeds) at each method's best rate, the neighbouring rates (of 13) that "
+    "reach most of the fall from the frozen network to the best method, and the members that "
     "diverge or end no better than the frozen network, of all rates."
 )
 CURVATURE = (
@@ -88,6 +91,12 @@ class Results:
             Table(f"{name}_conditions", f"{c.scope}. {CONDITIONS}", conditions(batch)),
         ]
 
+    def gains(self) -> list[Gain]:
+        return [gain for batch in self.batches for gain in gains_of(batch.comparison)]
+
+    def measured(self) -> list[Measured]:
+        return [each for batch in self.batches for each in measured_of(batch.comparison)]
+
     def standings(self) -> list[Row]:
         return []  # none of the controls was run
 
@@ -97,14 +106,13 @@ class Results:
 
 def results(batch: Batch) -> list[Row]:
     c = batch.comparison
-    best = min(min(c.losses(method).values()) for method in c.sweep)
+    bound = loss_at(GOOD, c.base_loss, c.best_loss)
     rows = []
     for method, runs in c.at_best.items():
         row = method_row(method, runs, COLUMNS)
         diverged = numpy.array(batch.runs[method].metrics["diverged"])
         cells = {
-            "good rates": str(good_rates(c.losses(method))),
-            "good for the best": str(good_rates(c.losses(method), best)),
+            f"rates for {GOOD:.0%} of the gain": str(good_rates(c.losses(method), bound)),
             "diverged": f"{diverged.sum()} of {diverged.size}",
         }
         costs = {key: row.cells[key] for key in COSTS}

@@ -33,6 +33,11 @@ class Batched(Comparison):
     def rates_command(self, *methods: str) -> str:
         return f"{self.command(*methods)} rates=[…]"
 
+    @property
+    def base_loss(self) -> float | None:
+        """Of the frozen network, which every batch measures."""
+        return next((r.metrics["base_loss"] for r in self.records), None)
+
 
 @dataclass(frozen=True)
 class Batch:

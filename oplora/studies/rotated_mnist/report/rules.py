@@ -9,7 +9,7 @@ from oplora.harness.runs import Record
 from oplora.report import rules, titles
 from oplora.report.claims import Claim, Thesis, better
 from oplora.report.comparison import Comparison
-from oplora.report.rules import FAILS, HOLDS, IN_A_RANGE, NOT_RUN, UNTESTABLE, Finding
+from oplora.report.rules import EQUAL_RATES, FAILS, HOLDS, NOT_RUN, UNTESTABLE, Finding
 from oplora.report.statistics import mean_interval
 from oplora.report.titles import title
 from oplora.studies.rotated_mnist.report.members import PROJECTION, Batch, command
@@ -21,7 +21,7 @@ MOST = 0.5  # of the fall of the loss at the best rate: where that is left, the 
 def lower_everywhere(c: Comparison, method: str, base: str) -> Finding:
     """Is the mean loss lower at every rate at which neither diverges?
 
-    In a range: at two or more neighbouring ones.
+    Only at equal rates: at two or more neighbouring ones.
     """
     mine, theirs = c.losses(method), c.losses(base)
     if not mine or not theirs:
@@ -35,7 +35,7 @@ def lower_everywhere(c: Comparison, method: str, base: str) -> Finding:
     if len(window) < 2:
         return Finding(FAILS, evidence, c.rates_figure)
     where = f"rates {window[0]:g} to {window[-1]:g}"
-    return Finding(IN_A_RANGE, evidence, c.rates_figure, where=where)
+    return Finding(EQUAL_RATES, evidence, c.rates_figure, where=where)
 
 
 def kept(c: Comparison, method: str) -> list[float]:
@@ -56,7 +56,7 @@ def kept(c: Comparison, method: str) -> list[float]:
 def stays_low(c: Comparison, method: str, base: str) -> Finding:
     """Does the loss keep MOST of its fall at rates ORDERS of magnitude below the best one?
 
-    In a range: at the first of them only. Not run yet where the grid does not reach so far down.
+    Only at equal rates: at the first of them only. Not run yet: the grid does not reach so far.
     """
     if not {method, base} <= c.sweep.keys():
         return rules.missing(c, base, method)
@@ -75,7 +75,7 @@ def stays_low(c: Comparison, method: str, base: str) -> Finding:
         return Finding(HOLDS, evidence, c.rates_figure)
     if low[0]:
         where = f"10^{ORDERS[0]} times below the best rate"
-        return Finding(IN_A_RANGE, evidence, c.rates_figure, where=where)
+        return Finding(EQUAL_RATES, evidence, c.rates_figure, where=where)
     return Finding(FAILS, evidence, c.rates_figure)
 
 

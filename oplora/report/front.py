@@ -1,0 +1,174 @@
+"""The first screen: does it help, what to use at which rate, and the gains over all settings."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from oplora.harness.runs import Record
+from oplora.report import rules
+from oplora.report.comparison import Comparison
+from oplora.report.page import Part, ReportFigure, Row, Statement, Table
+from oplora.report.statistics import mean_interval, shown
+from oplora.report.style import INK, style
+from oplora.report.titles import Scope, method, title
+
+FOREST = (
+    "Gain of OP over its plain counterpart in percent of the latter's score, each at its own best "
+    "rate: mean and 95% interval over seeds (of which there are n); hollow: the paper's gain; an "
+    "arrow: beyond the axis. Right of zero OP is ahead."
+)
+WHICH = (
+    "Which learning rate, and what it costs: best rates of both by validation, OP's over the plain "
+    "one's, the gain (mean ± 95% interval over seeds, positive where OP is ahead), least peak "
+    "memory and shortest training time of the runs."
+)
+CLIP = 15.0  # percent: what lies beyond is drawn as an arrow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Of a method over another in one setting, by one score."""
+
+    scope: Scope  # with the score's unit
+    methods: tuple[str, str]  # the one that should be ahead, and the other
+    values: Sequence[float]  # by seed; positive: ahead
+    level: float  # the other's mean score
+    digits: int
+    rates: tuple[float, float]
+    cited: float | None = None  # the paper's gain
+    costs: Sequence[tuple[float, float]] = ()  # of both: bytes, seconds
+    runs: Sequence[Record] = ()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        mean, half = mean_interval(self.values)
+        return mean - half, mean + half
+
+    @property
+    def ahead(self) -> int:
+        """1: the interval lies above zero, -1: below, 0: it holds zero."""
+        low, high = self.interval
+        return (low > 0) - (high < 0)
+
+    @property
+    def text(self) -> str:
+        return shown(self.values, self.digits, "+")
+
+
+def gains_of(c: Comparison) -> list[Gain]:
+    """Of each of the paper's pairs that shares two seeds, if the gate of it holds."""
+    found = []
+    for pair in rules.PAIRS.items():
+        values = c.advantage(*pair)
+        if len(values) > 1 and not c.unfit:
+            gain = Gain(
+                scope=c.scope.of(c.score.unit),
+                methods=pair,
+                values=values,
+                level=fmean(c.scores(pair[1]).values()),
+                digits=c.score.digits,
+                rates=tuple(c.at_best[m][0].config["lr"] for m in pair),
+                cited=rules.cited_gain(c, *pair),
+                costs=[_cost(c.at_best[m]) for m in pair],
+                runs=[r for m in pair for r in c.at_best[m]],
+            )
+            found.append(gain)
+    return found
+
+
+def _cost(runs: Sequence[Record]) -> tuple[float, float]:
+    keys = ("peak_memory_bytes", "train_seconds")
+    return tuple(min(r.metrics[key] for r in runs) for key in keys)
+
+
+def parts(gains: Sequence[Gain]) -> list[Part]:
+    """Three sentences, the forest plot and the table of rates; nothing without gains."""
+    if not gains:
+        return []
+    return [Statement("answer", answer(gains)), forest(gains), which(gains)]
+
+
+def answer(gains: Sequence[Gain]) -> str:
+    """Does it help; what to use; at which rate: of LoRA's family where there are several."""
+    pair = next(iter(rules.PAIRS.items()))
+    name, base = map(title, pair)
+    family = method(pair[0]).family
+    gains = [g for g in gains if method(g.methods[0]).family == family] or gains
+    told = {1: [], -1: [], 0: []}
+    for gain in gains:
+        told[gain.ahead].append(f"{gain.scope.short} {gain.text}")
+    better, worse, unclear = told[1], told[-1], told[0]
+    text = f"At its own best learning rate {name} beats {base} in {len(better)} of {len(gains)} "
+    text += "settings" + (f" [{'; '.join(better)}]" if better else "")
+    text += f", is behind in {len(worse)}" + (f" [{'; '.join(worse)}]" if worse else "")
+    text += f", and in {len(unclear)} the seeds do not tell. What to use: "
+    if 2 * len(better) > len(gains):
+        text += f"{name}, which is worth its memory in most of them."
+    else:
+        text += f"{base} with a tuned rate, which does as well in most of them"
+        text += f"; {name} is worth a trial on data like that where it is ahead." * bool(better)
+        text += "." * (not better)
+    tuned = [gain for gain in gains if gain.costs] or gains
+    ratios = sorted(gain.rates[0] / gain.rates[1] for gain in tuned)
+    text += f" Which rate: in fine-tuning {name}'s best is {ratios[0]:.1g}"
+    text += f" to {ratios[-1]:.1g}" * (ratios[0] < ratios[-1]) + f" times {base}'s; begin there."
+    return text
+
+
+def forest(gains: Sequence[Gain]) -> ReportFigure:
+    figure = Figure(figsize=(9, 0.8 + 0.36 * len(gains)))
+    axis = figure.subplots()
+    ends = [abs(_percent(gain)(end)) for gain in gains for end in gain.interval]
+    edge = min(CLIP, 1.1 * max(ends, default=1)) or 1.0
+    for y, gain in enumerate(gains):
+        percent, look = _percent(gain), style(gain.methods[0])
+        low, high = map(percent, gain.interval)
+        axis.plot([max(low, -edge), min(high, edge)], [y, y], color=look.color, lw=1.5)
+        shown = [("full", percent(mean_interval(gain.values)[0]))]
+        if gain.cited is not None:
+            shown.append(("none", percent(gain.cited)))
+        for fill, x in shown:
+            marker = look.marker if abs(x) <= edge else "<" if x < 0 else ">"
+            at = max(-edge, min(edge, x))
+            axis.plot(at, y, marker, color=look.color, fillstyle=fill, ms=7)
+            if abs(x) > edge:
+                axis.annotate(f"{x:+.0f}%", (at, y), (-9, 0), textcoords="offset points",
+                              ha="right", va="center", fontsize=8)  # fmt: skip
+        text = f"{gain.text} {gain.scope.unit}"
+        axis.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    axis.axvline(0, color=INK, lw=0.8)
+    axis.set_xlim(-1.02 * edge, 1.02 * edge)
+    labels = [f"{gain.scope.column}: {title(gain.methods[0])}" for gain in gains]
+    axis.set_yticks(range(len(gains)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel("gain, % of the plain counterpart's score")
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    ahead = sum(gain.ahead > 0 for gain in gains)
+    finding = f"{ahead} of {len(gains)} intervals lie above zero."
+    return ReportFigure("forest", f"{finding} {FOREST}", figure)
+
+
+def _percent(gain: Gain):
+    return lambda value: 100 * value / abs(gain.level)
+
+
+def which(gains: Iterable[Gain]) -> Table:
+    """Which learning rate, per setting."""
+    rows = []
+    for gain in gains:
+        mine, theirs = gain.rates
+        cells = {
+            "setting": str(gain.scope),
+            "methods": " → ".join(map(title, reversed(gain.methods))),
+            "best rate": f"{theirs:g} → {mine:g}",
+            "ratio": f"{mine / theirs:.2g}",
+            "gain": gain.text,
+        }
+        if gain.costs:
+            (bytes_, seconds), (their_bytes, their_seconds) = gain.costs
+            cells["memory, GB"] = f"{their_bytes / 1e9:.2f} → {bytes_ / 1e9:.2f}"
+            cells["time, s"] = f"{their_seconds:.0f} → {seconds:.0f}"
+        rows.append(Row(cells, gain.runs))
+    return Table("which", WHICH, rows)

@@ -1,0 +1,202 @@
+"""AdamW that finds its own step size: one learned number per block says how far to go.
+
+What OP-LoRA's MLP learns besides its last layer is, under Adam, one number per block: how many
+times the adapter moves as far as an ordinary step would (1 + |h|_1). `ScaleAdamW` keeps that
+number and drops the MLP. With D = theta - theta_0, the way a block has come, and n AdamW's
+direction, a step is
+
+    u = -<g, D> / (|m| |D|)  within [-1, 1]                         would going further help?
+    s <- s exp(eta u lr_t / lr_0),   D <- exp(stretch u lr_t / lr_0) D - s lr_t n
+
+g is the gradient and m Adam's average of it: D knows nothing of g's noise, so that <g, D> has
+none on average, while m measures the gradient with most of its noise gone. In the MLP the same
+number also stretches what was learned (stretch = eta). A smaller stretch is what holds s: with
+none it drifts, and a whole one shakes the adapter with every noisy u.
+"""
+
+import math
+from collections.abc import Iterable
+from itertools import chain, islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from oplora.optimizer import blocks_of
+from oplora.tensors import check_tensor, local, state_dtype, whole
+
+
+class ScaleAdamW(Optimizer):
+    """AdamW with a learned scale of its steps for every block.
+
+    params: as for `OPOptimizer`: tensors, (name, tensor) pairs, lists of these, which are one
+        block each, or groups of them. A group with `scaled=False` is trained by plain AdamW.
+    lr: of the first step. Scales find the rest; a scheduler changes lr, eta and stretch together.
+    eta, stretch: how far log s and log |D| move at most, a step.
+    State is at least fp32, whatever the tensors are; s is `log_scale` in each tensor's state.
+    FloatingPointError, before anything is changed, for NaN or Inf in a gradient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        eta: float = 1.0,
+        stretch: float = 0.1,
+        maximize: bool = False,
+    ):
+        adam = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(params, {**adam, "eta": eta, "stretch": stretch, "scaled": True})
+
+    def add_param_group(self, group: dict):
+        for key, value in {**self.defaults, **group}.items():
+            if key in ("lr", "eps", "weight_decay", "eta", "stretch") and not value >= 0:
+                raise ValueError(f"{key}={value!r} is negative: give 0 or more")
+            if key == "betas" and not all(0 <= beta < 1 for beta in value):
+                raise ValueError(f"betas={value!r}: both must be at least 0 and below 1")
+        blocks, names = blocks_of(group["params"], f"group {len(self.param_groups)}")
+        known: dict = {}
+        for tensor, name in zip(chain(*blocks), chain(*names), strict=True):
+            check_tensor(tensor, name, known)
+        named = list(zip(chain(*names), chain(*blocks), strict=True))
+        sizes = [len(block) for block in blocks]
+        super().add_param_group({**group, "params": named, "block_sizes": sizes})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        for group in self.param_groups:
+            tensors = iter(group["params"])
+            kinds: dict[tuple, list[list[Tensor]]] = {}
+            for size in group["block_sizes"]:
+                block = [t for t in islice(tensors, size) if t.grad is not None]
+                if block:
+                    kind = local(block[0]).device, state_dtype(block)
+                    kinds.setdefault(kind, []).append(block)
+            for (_, dtype), blocks in kinds.items():
+                self._update(group, blocks, dtype)
+        return loss
+
+    def _update(self, group: dict, blocks: list[list[Tensor]], dtype: torch.dtype):
+        """One step of blocks of one device and dtype of state."""
+        tensors = [tensor for block in blocks for tensor in block]
+        states = [self._state_of(tensor, dtype) for tensor in tensors]
+        theta = [self._theta(t, state) for t, state in zip(tensors, states, strict=True)]
+        g = [local(t.grad).to(dtype) for t in tensors]
+        if group["maximize"]:
+            g = torch._foreach_neg(g)
+        m, v, start = (
+            [local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq", "start")
+        )
+        beta1, beta2 = group["betas"]
+        for state in states:
+            state["step"] += 1
+        first, second = (
+            [1 - beta ** state["step"].item() for state in states] for beta in group["betas"]
+        )
+        torch._foreach_lerp_(m, g, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - beta2)
+        n = torch._foreach_sqrt(v)
+        torch._foreach_div_(n, [math.sqrt(correction) for correction in second])
+        torch._foreach_add_(n, group["eps"])
+        n = torch._foreach_div(torch._foreach_div(m, first), n)
+        if group["weight_decay"]:
+            torch._foreach_add_(n, theta, alpha=group["weight_decay"])
+        log_scales = [state["log_scale"] for state in states]
+        if group["scaled"]:
+            came = torch._foreach_sub(theta, start)
+            u = self._line_search(group, [len(block) for block in blocks], g, m, came, first)
+            torch._foreach_add_(log_scales, list(group["eta"] * u))
+            torch._foreach_mul_(came, list((group["stretch"] * u).expm1()))
+            torch._foreach_add_(theta, came)
+        torch._foreach_mul_(n, [scale.exp() for scale in log_scales])
+        torch._foreach_add_(theta, n, alpha=-group["lr"])
+        for tensor, value in zip(tensors, theta, strict=True):
+            if value.dtype != tensor.dtype:
+                local(tensor).copy_(value)
+
+    def _line_search(self, group, sizes, g, m, came, first) -> Tensor:
+        """u lr_t / lr_0 for every tensor, the same within a block."""
+        products = [
+            torch.stack([torch.sum(a * d), torch.sum(b * b) / c**2, torch.sum(d * d)])
+            for a, b, d, c in zip(g, m, came, first, strict=True)
+        ]
+        block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        block = block.to(products[0].device)
+        sums = products[0].new_zeros(len(sizes), 3).index_add_(0, block, torch.stack(products))
+        mesh = next((t.device_mesh for t in group["params"] if isinstance(t, DTensor)), None)
+        if mesh is not None:
+            dist.all_reduce(sums, group=mesh.get_group())
+        product, m_squared, came_squared = sums.unbind(1)
+        lengths = (m_squared * came_squared).sqrt()
+        u = torch.where(lengths > 0, -product / lengths, 0).clamp(-1, 1)
+        highest = group.get("initial_lr", group["lr"])  # a scheduler's
+        share = min(1.0, group["lr"] / highest) if highest else 0.0
+        return (share * u)[block]
+
+    def _state_of(self, tensor: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        state = self.state[tensor]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(tensor, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(tensor, dtype=dtype)
+            state["start"] = tensor.detach().to(dtype, copy=True)
+            state["log_scale"] = torch.zeros((), dtype=dtype, device=tensor.device)
+            if tensor.dtype != dtype:
+                state["theta"] = state["start"].clone()
+        return state
+
+    def _theta(self, tensor: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The tensor's values in the state's dtype; what others wrote into the tensor counts."""
+        held = local(tensor.detach())
+        if "theta" not in state:
+            return held
+        theta = local(state["theta"])
+        return theta.copy_(torch.where(theta.to(held.dtype) == held, theta, held.to(theta.dtype)))
+
+    def _check_gradients(self):
+        named = [
+            (name, p.grad)
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+            if p.grad is not None
+        ]
+        if not named or whole(get_total_norm([g for _, g in named], math.inf)).isfinite():
+            return
+        bad = [name for name, g in named if not whole(g.isfinite().all())]
+        raise FloatingPointError(
+            f"NaN or Inf in the gradient of {', '.join(bad[:3])}: nothing was updated. "
+            "Leave this step out, or lower the learning rate"
+        )
+
+    def scales(self) -> dict[str, float]:
+        """s of every scaled tensor by name: how many times its steps are AdamW's at `lr`."""
+        return {
+            name: self.state[p]["log_scale"].exp().item() if self.state[p] else 1.0
+            for group in self.param_groups
+            if group["scaled"]
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]):
+        """Resume exactly: torch's own loading would cast the state to the adapter's dtype."""
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = chain(*(group["params"] for group in state_dict["param_groups"]))
+        params = chain(*(group["params"] for group in self.param_groups))
+        for key, p in zip(saved, params, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                device = "cpu" if name == "step" else p.device
+                self.state[p][name] = value.to(device, copy=True)
