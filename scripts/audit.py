@@ -62,6 +62,8 @@ def main(arguments: list[str]) -> int:
                     and len(difference := ((1 if higher else -1)
                             * (by_method[method] - by_method[base])).dropna()) > 1
                 ]  # fmt: skip
+    digits = digit_checks(every)
+    checks, gains = checks + digits[0], gains + digits[1]
     differences = compared(tables, checks, gains + factorization_gains(every))
     print(
         "\n".join(differences) or f"{len(checks) + len(gains)} numbers of {len(every)} runs agree"
@@ -187,6 +189,30 @@ def factorization_gains(every: pandas.DataFrame) -> list[tuple[str, str, str]]:
             ("MF → OP-MF", f"{best[0]:g} → {best[1]:g}", told(values, 5, sign="+"))
         )  # fmt: skip
     return found
+
+
+def digit_checks(every: pandas.DataFrame) -> tuple[list[tuple], list[tuple[str, str, str]]]:
+    """Rotated MNIST: losses at each method's best rate, and gains by seed."""
+    checks, gains = [], []
+    for preset, runs in every[every["experiment"] == "rotated_mnist"].groupby("preset"):
+        at, rate = {}, {}
+        for _, r in runs.iterrows():
+            losses = pandas.DataFrame(r["final_loss"], index=r["rates"], dtype=float)
+            losses = losses.mask(pandas.DataFrame(r["diverged"], index=r["rates"])).fillna(
+                float("inf")
+            )
+            rate[r["method"]] = losses.mean(axis=1).idxmin()
+            at[r["method"]] = losses.loc[rate[r["method"]]]
+        checks += [
+            (f"rotated_mnist_{preset}", m, "training loss", told(losses, 3))
+            for m, losses in at.items()
+        ]
+        gains += [
+            (f"{title(base)} → {title(method)}", f"{rate[base]:g} → {rate[method]:g}",
+             told(at[base] - at[method], 3, sign="+"))
+            for method, base in PAIRS if {method, base} <= set(at)
+        ]  # fmt: skip
+    return checks, gains
 
 
 def title(method: str) -> str:
