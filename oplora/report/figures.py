@@ -108,7 +108,7 @@ def over_widths(
 
 def _seeds(counts: Sequence[int]) -> str:
     """ "3 to 8 seeds" """
-    few, many = min(counts), max(counts)
+    few, many = min(counts, default=0), max(counts, default=0)
     if few == many == 1:
         return "one seed"
     return f"{many} seeds" if few == many else f"{few} to {many} seeds"
@@ -135,8 +135,10 @@ def reach(values: Sequence[float], higher: bool = False) -> float:
 
 def clip(axis: Axes, higher: bool = False) -> None:
     """Let no point that went astray flatten the rest."""
-    values = numpy.concatenate([line.get_ydata() for line in axis.lines])
+    values = numpy.array([y for line in axis.lines for y in line.get_ydata()], float)
     values = values[numpy.isfinite(values)]
+    if not len(values):
+        return
     best, worst = (values.max(), values.min()) if higher else (values.min(), values.max())
     end = reach(values, higher)
     if end not in (best, worst):
