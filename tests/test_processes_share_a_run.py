@@ -24,7 +24,7 @@ from oplora.trainer import OPTrainer
 
 pytestmark = pytest.mark.skipif(
     "OPLORA_TWO_PROCESSES" not in os.environ,
-    reason="set OPLORA_TWO_PROCESSES=1: where a process was cut, the other may wait for it for ever",
+    reason="set OPLORA_TWO_PROCESSES=1: where one was cut, the other may wait for it for ever",
 )
 BATCH = "training.per_device_train_batch_size=4"
 SHORT = ["training.num_train_epochs=1", "training.logging_steps=1"]
