@@ -73,7 +73,7 @@ class Scalar(nn.Module):
         self.s = nn.Parameter(torch.ones((), dtype=tensors[0].dtype))
 
     def forward(self) -> list[Tensor]:
-        return [self.get_buffer(f"first{i}") + self.s * S for i, S in enumerate(self.S)]
+        return [first + self.s * S for first, S in zip(self.first, self.S, strict=True)]
 
 
 class NOLA(nn.Module):
