@@ -19,6 +19,7 @@ from transformers.trainer_utils import HPSearchBackend
 import oplora
 from oplora.baselines.controls import MatchedAdamW
 from oplora.harness.finetuning import train
+from oplora.harness.methods import OptimizerFactory
 from oplora.peft import oplora_groups
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
@@ -71,7 +72,7 @@ def test_schedule_free_training_ends_with_the_weights_it_means(tmp_path):
         "_target_": "transformers.TrainingArguments", "max_steps": 3, "report_to": "none",
         "use_cpu": True, "save_strategy": "no",
     }  # fmt: skip
-    train(model(), factory, OmegaConf.create(training), run, train_dataset=data())
+    train(model(), OptimizerFactory(factory), OmegaConf.create(training), run, train_dataset=data())
     assert not made[0].param_groups[0]["train_mode"]
 
 
