@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from oplora import saving
-from oplora.optimizer import INITIAL, OPOptimizer, Part, Work, with_keywords_of
+from oplora.arguments import with_keywords_of
+from oplora.optimizer import INITIAL, OPOptimizer, Part, Work
 from oplora.rank1 import adamw_, foreach_rank1_adamw_
 from oplora.stack import MLPStack
 
@@ -163,9 +164,6 @@ class OPAdamW(OPOptimizer):
             moments.even = len({float(step) for step in moments.steps}) == 1
 
     def load_state_dict(self, state_dict: dict[str, Any]):
-        number = state_dict["param_groups"][0].get("restarts", 0)
-        if number != self.param_groups[0].get("restarts", 0):
-            self.restart(number)
         for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for key in ("seed", *INITIAL):  # not all rows of W2 are saved
                 if key in saved and saved[key] != mine[key] and key != "z_dim":
@@ -173,4 +171,7 @@ class OPAdamW(OPOptimizer):
                         f"the state was saved with {key}={saved[key]}, from which W2 is drawn "
                         f"again; here {key}={mine[key]}: build the optimizer with the saved one"
                     )
+        number = state_dict["param_groups"][0].get("restarts", 0)
+        if number != self.param_groups[0].get("restarts", 0):
+            self.restart(number)
         super().load_state_dict(state_dict)

@@ -11,7 +11,7 @@ MLP: its adapter stays a plain one, at every step.
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from oplora import dcp, saving
+from oplora.arguments import blocks_of, check_choice, check_optimizer
 from oplora.stack import MLPStack
 from oplora.tensors import check_tensor, local, places, state_dtype, whole
 
@@ -426,44 +427,6 @@ class OPOptimizer(Optimizer):
         return "\n".join(lines)
 
 
-def with_keywords_of(*sources: Callable) -> Callable:
-    """Decorate a function that hands **kwargs on: its signature shows the keywords of `sources`."""
-
-    def decorate(function: Callable) -> Callable:
-        mine = inspect.signature(function)
-        shown = {n: p for n, p in mine.parameters.items() if p.kind is not p.VAR_KEYWORD}
-        rest = [p for n, p in mine.parameters.items() if n not in shown]
-        for source in sources:
-            for name, parameter in inspect.signature(source).parameters.items():
-                if parameter.kind is parameter.KEYWORD_ONLY and name not in shown:
-                    shown[name] = parameter
-        function.__signature__ = mine.replace(parameters=[*shown.values(), *rest])
-        return function
-
-    return decorate
-
-
-def check_choice(name: str, value, choices: tuple):
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, choices))}")
-
-
-def check_optimizer(optimizer_cls):
-    """Can this class train MLPs: elementwise, within one step, on the weights that it evaluates?"""
-    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
-        raise TypeError(f"{optimizer_cls!r} is no optimizer class: give one as torch.optim.AdamW")
-    name = optimizer_cls.__name__
-    if name == "LBFGS":
-        raise ValueError("LBFGS evaluates the loss within a step: use a first-order optimizer")
-    if name in ("Muon", "SparseAdam"):
-        raise ValueError(f"{name} is not for the dense tensors of any shape that an MLP has")
-    if hasattr(optimizer_cls, "eval"):
-        raise ValueError(
-            f"{name} evaluates other weights than it trains (schedule-free), which the MLPs "
-            "cannot follow: use AdamW, or train the adapter directly"
-        )
-
-
 def _inner_optimizer(cls: type[Optimizer], kwargs: dict[str, Any]) -> Optimizer:
     """TypeError for an argument that neither cls nor `OPOptimizer` knows, with a near name."""
     takes = inspect.signature(cls).parameters
@@ -475,16 +438,3 @@ def _inner_optimizer(cls: type[Optimizer], kwargs: dict[str, Any]) -> Optimizer:
             hint = f": did you mean {near[0]}?" if near else ""
             raise TypeError(f"{name}={kwargs[name]!r} is no argument of {cls.__name__}{hint}")
     return cls([torch.zeros(1, 1)], **kwargs)
-
-
-def blocks_of(params, group: str) -> tuple[list[list], list[list[str]]]:
-    """Blocks of tensors and their names from tensors, (name, tensor) pairs and lists of these."""
-    blocks, names = [], []
-    for number, item in enumerate([params] if isinstance(params, Tensor) else list(params)):
-        pairs = [
-            e if isinstance(e, tuple) else (f"{group} tensor {number}.{k}", e)
-            for k, e in enumerate(item if isinstance(item, list) else [item])
-        ]
-        names.append([name for name, _ in pairs])
-        blocks.append([tensor for _, tensor in pairs])
-    return blocks, names

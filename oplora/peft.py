@@ -18,7 +18,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from oplora.adamw import OPAdamW
-from oplora.optimizer import OPOptimizer, check_optimizer, with_keywords_of
+from oplora.arguments import check_optimizer, with_keywords_of
+from oplora.optimizer import OPOptimizer
 from oplora.scale import ScaleAdamW
 from oplora.tensors import whole
 

@@ -107,6 +107,20 @@ def load_inner(inner: Optimizer, states: dict[int, dict | None]):
     inner.defaults = defaults  # torch adds "differentiable" where a class does not know it
 
 
+def load_uncast(optimizer: Optimizer, saved: dict[str, Any], load_groups: Callable[[dict], None]):
+    """Load into an optimizer of any class; torch's own way casts the state to the tensors' dtype.
+
+    load_groups: torch's own load_state_dict.
+    """
+    load_groups({**saved, "state": {}})
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, p in zip(keys, params, strict=True):
+        for name, value in saved["state"].get(key, {}).items():
+            device = "cpu" if name == "step" else p.device
+            optimizer.state[p][name] = value.to(device, copy=True)
+
+
 def state_by_tensor(optimizer) -> dict[torch.Tensor, dict[str, Any]]:
     """`OPOptimizer.state`: what torch code looks for at the tensors that it knows."""
     params = {id(p) for p in optimizer.tensors()}

@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from oplora.optimizer import blocks_of
-from oplora.tensors import check_tensor, local, state_dtype, whole
+from oplora.arguments import blocks_of, check_adamw
+from oplora.saving import load_uncast
+from oplora.tensors import check_gradients, check_tensor, local, state_dtype
 
 
 class ScaleAdamW(Optimizer):
@@ -57,11 +57,7 @@ class ScaleAdamW(Optimizer):
         super().__init__(params, {**adam, "eta": eta, "stretch": stretch, "scaled": True})
 
     def add_param_group(self, group: dict):
-        for key, value in {**self.defaults, **group}.items():
-            if key in ("lr", "eps", "weight_decay", "eta", "stretch") and not value >= 0:
-                raise ValueError(f"{key}={value!r} is negative: give 0 or more")
-            if key == "betas" and not all(0 <= beta < 1 for beta in value):
-                raise ValueError(f"betas={value!r}: both must be at least 0 and below 1")
+        check_adamw({**self.defaults, **group}, "eta", "stretch")
         blocks, names = blocks_of(group["params"], f"group {len(self.param_groups)}")
         known: dict = {}
         for tensor, name in zip(chain(*blocks), chain(*names), strict=True):
@@ -76,7 +72,11 @@ class ScaleAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        check_gradients(
+            (name, p.grad)
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        )
         for group in self.param_groups:
             tensors = iter(group["params"])
             kinds: dict[tuple, list[list[Tensor]]] = {}
@@ -167,21 +167,6 @@ class ScaleAdamW(Optimizer):
         theta = local(state["theta"])
         return theta.copy_(torch.where(theta.to(held.dtype) == held, theta, held.to(theta.dtype)))
 
-    def _check_gradients(self):
-        named = [
-            (name, p.grad)
-            for group in self.param_groups
-            for name, p in zip(group["param_names"], group["params"], strict=True)
-            if p.grad is not None
-        ]
-        if not named or whole(get_total_norm([g for _, g in named], math.inf)).isfinite():
-            return
-        bad = [name for name, g in named if not whole(g.isfinite().all())]
-        raise FloatingPointError(
-            f"NaN or Inf in the gradient of {', '.join(bad[:3])}: nothing was updated. "
-            "Leave this step out, or lower the learning rate"
-        )
-
     def scales(self) -> dict[str, float]:
         """s of every scaled tensor by name: how many times its steps are AdamW's at `lr`."""
         return {
@@ -192,11 +177,5 @@ class ScaleAdamW(Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]):
-        """Resume exactly: torch's own loading would cast the state to the adapter's dtype."""
-        super().load_state_dict({**state_dict, "state": {}})
-        saved = chain(*(group["params"] for group in state_dict["param_groups"]))
-        params = chain(*(group["params"] for group in self.param_groups))
-        for key, p in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                device = "cpu" if name == "step" else p.device
-                self.state[p][name] = value.to(device, copy=True)
+        """Resume exactly, with the state's own dtypes."""
+        load_uncast(self, state_dict, super().load_state_dict)

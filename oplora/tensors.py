@@ -1,12 +1,14 @@
 """The adapter's tensors as the optimizer sees them: N blocks, read and written as one vector."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import compress
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils import get_total_norm
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -226,3 +228,25 @@ def check_tensor(tensor, name: str, known: dict):
         known[place] = name
     if getattr(tensor, "_is_flat_param", False) or type(tensor).__name__ == "FlatParameter":
         raise ValueError(f"{name} is an FSDP1 flat parameter: use FSDP2 (fsdp_version: 2)")
+
+
+def check_gradients(named: Iterable[tuple[str, Tensor | None]]):
+    """FloatingPointError that names the tensors whose gradients hold NaN or Inf; None: it has none.
+
+    Of what is left as it is afterwards: nothing was updated yet.
+    """
+    given = [(name, g) for name, g in named if g is not None]
+    held = [local(g) for _, g in given if local(g).numel()]  # a shard may be empty
+    # one number for all tensors: a GPU is waited for once, not once a layer
+    wrong = (~get_total_norm(held, math.inf).isfinite()).float()
+    mesh = next((g.device_mesh for _, g in given if isinstance(g, DTensor)), None)
+    if mesh is not None:
+        wrong = wrong.to(local(given[0][1]).device)
+        dist.all_reduce(wrong, group=mesh.get_group())
+    if not wrong:
+        return
+    bad = [name for name, g in given if not whole(g.isfinite().all())]
+    raise FloatingPointError(
+        f"NaN or Inf in the gradient of {', '.join(bad[:3])}: nothing was updated. "
+        "Lower the learning rate, or leave this step out"
+    )

@@ -17,6 +17,7 @@ import oplora
 WORLD, STEPS, MICRO = 2, 20, 2
 RANKS = (3, 1)  # of LoRA: with 1, one process holds no value of A
 CASES = list(itertools.product(("ddp", "fsdp2", "prepared"), RANKS, (None, "mlp")))
+CASES += itertools.product(("ddp", "fsdp2"), RANKS, ("scale",))  # no MLP, but a learned scale
 
 
 def model(rank):
@@ -42,6 +43,8 @@ def prepare(wrap, net, clip):
         net = DistributedDataParallel(net)
     if wrap == "fsdp2":
         shard(net)
+    if clip == "scale":
+        return net, oplora.create_scale_optimizer(net, lr=1e-3, weight_decay=0.1)
     if wrap != "prepared":
         return net, oplora.create_oplora_optimizer(net, **options)
     optimizer = oplora.create_oplora_optimizer(net, **options)
@@ -67,7 +70,8 @@ def run(wrap, lora_rank, clip, process=None):
         optimizer.step()
     if wrap in ("fsdp2", "prepared"):
         assert all(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
-        assert all(isinstance(t, DTensor) for stack in optimizer.stacks for t in stack.tensors.flat)
+        stacks = getattr(optimizer, "stacks", [])  # the scale has none
+        assert all(isinstance(t, DTensor) for stack in stacks for t in stack.tensors.flat)
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
         for name, p in net.named_parameters()

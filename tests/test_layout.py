@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "oplora"
 # Later layers of the library may import earlier ones, never the other way round.
 LIBRARY = [
+    "arguments",
     "mlp",
     "rank1",
     "tensors",

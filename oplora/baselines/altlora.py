@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from oplora.baselines.pairs import PairOptimizer, lora_groups, stack
+from oplora.baselines.pairs import PairOptimizer, pair_groups, stack
 
 
 class AltLoRA(PairOptimizer):
@@ -63,7 +63,5 @@ def create_altlora_optimizer(
     model: PeftModel, *, lr: float, weight_decay: float = 0.0, reg: float = 1e-3
 ) -> AltLoRA:
     """AltLoRA for the Linear layers of a LoRA model, AdamW for its other trainable parameters."""
-    pairs, others = lora_groups(model)
-    groups = [{"params": [named for params in pairs.values() for named in params]}]
-    groups += [{"params": others, "pairs": False}] if others else []
+    groups = pair_groups(model, by_scaling=False)
     return AltLoRA(groups, lr=lr, weight_decay=weight_decay, reg=reg)

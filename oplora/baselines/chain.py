@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
+from oplora.arguments import check_choice
 from oplora.baselines.products import Factors, factors_of, lora_layers
 from oplora.generators import GeneratorOptimizer
-from oplora.optimizer import OPOptimizer, check_choice
+from oplora.optimizer import OPOptimizer
 
 PRUNED = 0.99  # of the moments that ReLoRA prunes, those of least magnitude
 

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from oplora.baselines.pairs import PairOptimizer, above_rounding, compute_dtype, lora_groups, stack
+from oplora.baselines.pairs import PairOptimizer, above_rounding, compute_dtype, pair_groups, stack
 
 
 class LoRAMuon(PairOptimizer):
@@ -71,7 +71,5 @@ def create_lora_muon_optimizer(
 
     Both at one rate. Which layers count as Linear, and what the others are: `lora_groups`.
     """
-    pairs, others = lora_groups(model)
-    groups = [{"params": params, "scaling": s} for s, params in pairs.items()]
-    groups += [{"params": others, "pairs": False}] if others else []
+    groups = pair_groups(model, by_scaling=True)
     return LoRAMuon(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from oplora.baselines.pairs import PairOptimizer, above_rounding, lora_groups, stack
+from oplora.baselines.pairs import PairOptimizer, above_rounding, pair_groups, stack
 
 # Values of the equivalent gradient held at once: on a CPU a piece that stays in the L2 cache,
 # elsewhere few launches.
@@ -166,8 +166,6 @@ def create_lora_pro_optimizer(
     s is read from every layer (alpha_pattern, rank_pattern and rsLoRA differ in it). Which layers
     count as Linear, and what the others are: `lora_groups`.
     """
-    pairs, others = lora_groups(model)
-    groups = [{"params": params, "scaling": s} for s, params in pairs.items()]
-    groups += [{"params": others, "pairs": False}] if others else []
+    groups = pair_groups(model, by_scaling=True)
     adam = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     return LoRAPro(groups, **adam, delta=delta, moments=moments)

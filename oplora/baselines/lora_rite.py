@@ -16,7 +16,7 @@ from oplora.baselines.pairs import (
     PairOptimizer,
     above_rounding,
     compute_dtype,
-    lora_groups,
+    pair_groups,
     stack,
 )
 
@@ -143,7 +143,5 @@ def create_lora_rite_optimizer(
 
     Which layers count as Linear, and what the others are: `lora_groups`. AdamW's eps is 1e-8.
     """
-    pairs, others = lora_groups(model)
-    groups = [{"params": [named for params in pairs.values() for named in params]}]
-    groups += [{"params": others, "pairs": False, "eps": 1e-8}] if others else []
+    groups = pair_groups(model, by_scaling=False, eps=1e-8)
     return LoRARITE(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)

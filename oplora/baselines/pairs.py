@@ -4,7 +4,6 @@
 `lora_groups` finds the pairs of a PEFT model.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,6 +12,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
+
+from oplora.arguments import check_adamw
+from oplora.saving import load_uncast
+from oplora.tensors import check_gradients
 
 # Values in one stacked batch of factors: bounds the temporary memory, and keeps a GPU busy.
 BATCH_VALUES = 2**25
@@ -45,7 +48,11 @@ class PairOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        check_gradients(
+            (name, p.grad)
+            for index, group in enumerate(self.param_groups)
+            for name, p in zip(self._names(index), group["params"], strict=True)
+        )
         for group in self.param_groups:
             if group["pairs"]:
                 for As, Bs in self._batches(group):
@@ -106,31 +113,22 @@ class PairOptimizer(Optimizer):
         unnamed = [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
         return group.get("param_names", unnamed)
 
-    def _check_gradients(self):
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        # one number for all tensors: a GPU is waited for once, not once a layer
-        if torch.nn.utils.get_total_norm(grads, math.inf).isfinite():
-            return
-        bad = [
-            name
-            for index, group in enumerate(self.param_groups)
-            for name, p in zip(self._names(index), group["params"], strict=True)
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
-        raise FloatingPointError(
-            f"NaN or Inf in the gradient of {', '.join(bad[:3])}: nothing was updated. "
-            "Lower the learning rate, or leave this step out"
-        )
-
     def load_state_dict(self, state_dict: dict[str, Any]):
-        """Resume exactly: torch's own loading would cast the state to the adapter's dtype."""
-        super().load_state_dict({**state_dict, "state": {}})
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                device = "cpu" if name == "step" else p.device
-                self.state[p][name] = value.to(device, copy=True)
+        """Resume exactly, with the state's own dtypes."""
+        load_uncast(self, state_dict, super().load_state_dict)
+
+
+def pair_groups(model: nn.Module, *, by_scaling: bool, **of_others: Any) -> list[dict]:
+    """Parameter groups of a LoRA model for a `PairOptimizer`, from `lora_groups`.
+
+    by_scaling: a group for every s, with it as "scaling", else one for all pairs. of_others:
+    options of the group of what else is trained, by AdamW.
+    """
+    pairs, others = lora_groups(model)
+    groups = [{"params": params, "scaling": s} for s, params in pairs.items()]
+    if not by_scaling:
+        groups = [{"params": [named for params in pairs.values() for named in params]}]
+    return groups + ([{"params": others, "pairs": False, **of_others}] if others else [])
 
 
 def lora_groups(model: nn.Module) -> tuple[dict[float, list[tuple]], list[tuple]]:
@@ -186,11 +184,7 @@ def above_rounding(w: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_group(group: dict, names: list[str]):
     """ValueError for hyperparameters out of range and for factors that do not pair up."""
-    for key in ("lr", "eps", "weight_decay"):
-        if not group[key] >= 0:
-            raise ValueError(f"{key}={group[key]} is negative: give 0 or more")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas={group['betas']}: both must be at least 0 and below 1")
+    check_adamw(group)
     for key in ("scaling", "delta"):
         if not group.get(key, 1) > 0:
             raise ValueError(f"{key}={group[key]} must be positive")
