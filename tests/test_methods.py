@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from tiny_models import FAMILIES
 
 import oplora
-from oplora.harness.finetuning import mlp_of
+from oplora.harness.dry_run import mlp_of
 from oplora.harness.methods import apply_method
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
