@@ -14,7 +14,7 @@ from stored_runs import store_mf as store
 from stored_runs import store_vl_bart
 
 from oplora import report
-from oplora.report.page import Row, Section, Table, markdown_table, write_report
+from oplora.report.page import Row, Section, Table, Writer, markdown_table
 from oplora.studies.matrix_factorization.report import study
 from oplora.studies.matrix_factorization.report.claims import claims
 
@@ -82,7 +82,7 @@ def test_rendering_twice_gives_the_same_bytes(stored, tmp_path):
 def test_pages_escape_and_show_missing_values_as_dashes(tmp_path):
     rows = [Row({"method": "a|<b>", "mse": 0.5}), Row({"method": "c", "mse": None})]
     table = Table("t", "cap", rows)
-    out = write_report("T & T", [Section("S", ["text <i>", table])], tmp_path)
+    out = Writer(tmp_path).write("T & T", [Section("S", ["text <i>", table])])
     page = out.read_text()
     assert "T &amp; T" in page and "text &lt;i&gt;" in page and ">—</td>" in page
     assert markdown_table(table.frame).splitlines()[2:] == ["| a\\|<b> | 0.5 |", "| c | — |"]

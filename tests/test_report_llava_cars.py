@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from oplora.harness.runs import load_runs
-from oplora.report.page import write_report
+from oplora.report.page import Writer
 from oplora.report.tables import cited_table
 from oplora.studies.llava_cars.report import EXPERIMENT
 
@@ -55,7 +55,7 @@ def runs(tmp_path):
 
 def tables(runs, out):
     records, _ = load_runs(runs)
-    write_report("test", [EXPERIMENT.read(records).section()], out)
+    Writer(out).write("test", [EXPERIMENT.read(records).section()])
     return lambda name: pandas.read_csv(out / "tables" / f"{name}.csv")
 
 

@@ -6,7 +6,7 @@ import yaml
 from stored_runs import store_vl_bart as store
 
 from oplora.harness.runs import load_runs
-from oplora.report.page import write_report
+from oplora.report.page import Writer
 from oplora.report.tables import cited_table
 from oplora.studies.vl_bart.report import EXPERIMENT
 
@@ -27,7 +27,7 @@ def runs(tmp_path):
 
 def tables(runs, out):
     records, _ = load_runs(runs)
-    write_report("test", [EXPERIMENT.read(records).section()], out)
+    Writer(out).write("test", [EXPERIMENT.read(records).section()])
     return lambda name: pandas.read_csv(out / "tables" / f"{name}.csv")
 
 

@@ -11,7 +11,6 @@ from oplora.report.comparison import (
     Comparison,
     good_rates,
     loss_at,
-    rates_command,
 )
 from oplora.report.page import Missing, Row, Section, Table
 from oplora.report.rules import PAIRS, cited_gain
@@ -70,8 +69,7 @@ def sensitivity_of(c: Comparison) -> list[Row]:
         if near := c.rivals(m):
             row.cells["as good within the seeds' spread"] = ", ".join(f"{rate:g}" for rate in near)
             if row.cells["seeds"] < 2:
-                command = rates_command(c.experiment, c.preset, [m])
-                row.cells["to be run"] = f"{command} seed=0,1,2"
+                row.cells["to be run"] = f"{c.rates_command(m)} seed=0,1,2"
     return rows
 
 

@@ -243,11 +243,6 @@ class Writer:
         )
 
 
-def write_report(title: str, sections: list[Section], out: Path) -> Path:
-    """A report without a list of runs."""
-    return Writer(out).write(title, sections)
-
-
 def write_summary(out: Path, content: dict[str, Any]) -> None:
     write_atomically(out / "summary.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 

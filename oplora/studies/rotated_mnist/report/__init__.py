@@ -83,7 +83,7 @@ class Results:
         images = f"{first['train_images']:,} digits to train on, {first['test_images']:,} held out"
         table = Table(name, f"{c.scope} ({images}): {ABOUT}", results(batch), details=COSTS)
         return [
-            figures.over_rates(batch),
+            figures.loss_over_rates(batch),
             table,
             *figures.surfaces(batch),
             *figures.projections(batch),

@@ -3,36 +3,18 @@
 import numpy
 from matplotlib.figure import Figure
 
-from oplora.report.figures import shade
+from oplora.report.figures import over_rates, shade
 from oplora.report.page import ReportFigure
-from oplora.report.titles import method, title
+from oplora.report.style import style
+from oplora.report.titles import title
 from oplora.studies.rotated_mnist.report.members import Batch, curves
 
-PATHS = (("tab:orange", "o"), ("tab:blue", "s"))  # OP-LoRA's and LoRA's, as in the other figures
 
-
-def over_rates(batch: Batch) -> ReportFigure:
-    """Figure 2a: mean and range over seeds; a line has gaps where a seed diverges."""
+def loss_over_rates(batch: Batch) -> ReportFigure:
+    """Figure 2a."""
     c = batch.comparison
-    figure = Figure(figsize=(8, 4.5))
-    axis = figure.subplots()
-    for name, by_rate in c.sweep.items():
-        values = numpy.array(list(by_rate.values()))
-        values[~numpy.isfinite(values).all(1)] = numpy.nan
-        style = ":" if method(name).role == "control" else "-"
-        (line,) = axis.plot(
-            list(by_rate), values.mean(1), style, marker="o", ms=3, label=title(name)
-        )
-        shade(axis, line, values.min(1), values.max(1))
-    axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="final training loss")
-    axis.set_yticks([0.6, 0.8, 1, 2, 4, 8], ["0.6", "0.8", "1", "2", "4", "8"])
-    axis.minorticks_off()
-    axis.legend(frameon=False, fontsize=8)
-    caption = (
-        f"Figure 2a. Final loss on all training digits by learning rate; {c.scope} (mean and range "
-        "over seeds; a gap where a seed diverges)."
-    )
-    return ReportFigure(c.rates_figure, caption, figure)
+    caption = f"Figure 2a. Final loss on all training digits by learning rate; {c.scope}."
+    return over_rates(c.rates_figure, caption, c.sweep, "final training loss")
 
 
 def surfaces(batch: Batch) -> list[ReportFigure]:
@@ -51,11 +33,10 @@ def surfaces(batch: Batch) -> list[ReportFigure]:
         levels = numpy.geomspace(loss.min(), loss.max(), 18)
         filled = axis.contourf(x, y, loss, levels=levels, norm="log", cmap="Greys")
         figure.colorbar(filled, ax=axis, format="%.2g", label="loss")
-        for path, name, rate, (color, marker) in zip(
-            arrays[f"{which}_paths"], ("oplora", "lora"), of_both, PATHS, strict=True
+        for path, name, rate in zip(
+            arrays[f"{which}_paths"], ("oplora", "lora"), of_both, strict=True
         ):
-            label = f"{title(name)}, rate {rate:g}"
-            axis.plot(*path.T, marker=marker, ms=3, lw=1.2, color=color, label=label)
+            axis.plot(*path.T, label=f"{title(name)}, rate {rate:g}", **style(name).line)
         axis.set_title(f"{which} rate ({arrays[f'{which}_explained']:.0%} of the paths' variance)")
         axis.set(xlabel="first principal direction", ylabel="second")
         axis.legend(frameon=False, fontsize=8)
@@ -81,8 +62,8 @@ def projections(batch: Batch) -> list[ReportFigure]:
             run = batch.runs[name]
             arrays = curves(run)
             values, rate = arrays["projection"][i], run.metrics[f"{which}_rate"]
-            label = f"{title(name)}, rate {rate:g}"
-            (line,) = axis.plot(arrays["curvature_steps"], values.mean(0), label=label)
+            look = {"label": f"{title(name)}, rate {rate:g}", **style(name).line}
+            (line,) = axis.plot(arrays["curvature_steps"], values.mean(0), **look)
             shade(axis, line, values.min(0), values.max(0))
         axis.set(xlabel="step", title=f"{which} rate")
         axis.legend(frameon=False, fontsize=8)
