@@ -1,6 +1,6 @@
 """What every paper preset needs on one GPU, by its dry run: results/benchmarks/paper_scale.json.
 
-python scripts/expected_costs.py; scripts/report.py renders it into the README.
+python scripts/expected_costs.py; scripts/report.py renders it into docs/experiments.md.
 """
 
 import json

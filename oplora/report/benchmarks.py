@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from oplora.report.page import Row, Section, Table
+from oplora.report.page import Row, Section, Statement, Table
 from oplora.report.titles import title
 
 IN_GRAPH = {  # the benchmark's own forms of OP-LoRA, with the MLPs as modules of the model
@@ -42,6 +42,8 @@ def section(folder: Path) -> Section | None:
             f"({step['mlp_parameters']:,} MLP parameters) on a machine without a GPU: "
             f"{step['peak_memory_gib']:.1f} GiB at most."
         )
+    if saved := _read(folder / "state_file.json"):
+        parts.append(Statement("state_file", state_file(saved)))
     for file, what in BATCHED.items():
         if study := _read(folder / file):
             parts.append(
@@ -62,6 +64,17 @@ def memory(cases: list[dict], full_size: dict | None) -> Table:
         peak = f"{full_size['peak_memory_bytes'] / 1e9:.2f}"
         rows.append(Row({"model": "SDXL's U-Net, real size", title("oplora"): peak}))
     return Table("memory", "Peak memory of a training step, GB.", rows)
+
+
+def state_file(saved: dict) -> str:
+    of = {name: f"{size:.0f}" for name, size in saved["bytes_per_value"].items()}
+    return (
+        f"A saved optimizer state takes {of['oplora']} bytes per adapter value at width "
+        f"{saved['mlp_width']} (the rows of W2 that are kept, and both moments), "
+        f"{of['oplora_dcp']} in torch.distributed.checkpoint's layout, which has all rows; Lite's "
+        f"takes {of['oplora_lite']}, the learned scale's {of['scale']}, and AdamW's on the adapter "
+        f"alone {of['adamw']}."
+    )
 
 
 def hardware(measured: dict) -> str:
