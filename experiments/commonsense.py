@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from oplora.harness.completion import completion_dataset
-from oplora.harness.finetuning import fine_tuning, finish, first_batches, train
+from oplora.harness.finetuning import fine_tuning, finish, first_batches, train, validate
 from oplora.harness.methods import apply_method
 from oplora.harness.runs import Run
 from oplora.studies.commonsense.metrics import held_out_nll, summary
@@ -26,18 +26,21 @@ def main(cfg: DictConfig, run: Run) -> None:
     }
     collator = instantiate(cfg.collator)(tokenizer)
     model = instantiate(cfg.model)
-    batches = first_batches(encoded["train"], collator, cfg.training)
-    model, create_optimizer = apply_method(model, cfg.method, batches, direct_lr=cfg.direct_lr)
-    metrics = train(
-        model,
-        create_optimizer,
-        cfg.training,
-        run,
-        keep_best=bool(cfg.keep_best),
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["validation"],
-        data_collator=collator,
-    )
+    held_out = dict(eval_dataset=encoded["validation"], data_collator=collator)
+    if cfg.fine_tune:
+        batches = first_batches(encoded["train"], collator, cfg.training)
+        model, create_optimizer = apply_method(model, cfg.method, batches, direct_lr=cfg.direct_lr)
+        metrics = train(
+            model,
+            create_optimizer,
+            cfg.training,
+            run,
+            keep_best=bool(cfg.keep_best),
+            train_dataset=encoded["train"],
+            **held_out,
+        )
+    else:
+        metrics = validate(model, cfg.training, run, **held_out)
     torch.set_float32_matmul_precision("highest")  # the merged weights differ by little
     model = model.float()  # half-precision weights would round small updates away in the merge
     model = model.merge_and_unload() if isinstance(model, PeftModel) else model

@@ -6,7 +6,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from peft import PeftModel
 
-from oplora.harness.finetuning import device, fine_tuning, finish, first_batches, train
+from oplora.harness.finetuning import device, fine_tuning, finish, first_batches, train, validate
 from oplora.harness.methods import apply_method
 from oplora.harness.runs import Run
 from oplora.studies.llava_cars.metrics import evaluate, guesses
@@ -34,6 +34,7 @@ def main(cfg: DictConfig, run: Run) -> None:
     )
     pictures = model.cache_features(pictures, 1e9 * cfg.cache.limit_gb, cfg.cache.batch_size)
     metrics = guesses(labels["train"], labels["test"], classes)
+    held_out = dict(eval_dataset=pictures.get("validation"), data_collator=collator)
     if cfg.fine_tune:
         batches = first_batches(pictures["train"], collator, cfg.training)
         model, create_optimizer = apply_method(model, cfg.method, batches, direct_lr=cfg.direct_lr)
@@ -43,10 +44,11 @@ def main(cfg: DictConfig, run: Run) -> None:
             cfg.training,
             run,
             train_dataset=pictures["train"],
-            eval_dataset=pictures.get("validation"),
-            data_collator=collator,
+            **held_out,
         )
         model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    else:
+        metrics |= validate(model, cfg.training, run, **held_out)
     start = time.perf_counter()
     if cfg.score_test:
         predictions = run.path / "predictions.jsonl"

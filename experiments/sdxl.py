@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import default_data_collator
 
 from oplora.harness.assets import cache_folder
-from oplora.harness.finetuning import device, fine_tuning, finish, first_batches, train
+from oplora.harness.finetuning import device, fine_tuning, finish, first_batches, train, validate
 from oplora.harness.methods import apply_method
 from oplora.harness.runs import Run
 from oplora.studies.sdxl.diffusion import (
@@ -52,10 +52,15 @@ def main(cfg: DictConfig, run: Run) -> None:
         distance=distance,
         side_metrics=side_metrics,
     )
-    metrics, dtype = {}, pipeline.unet.dtype
+    dtype, scheduler = pipeline.unet.dtype, DDPMScheduler.from_config(pipeline.scheduler.config)
+    validation = encoded.get("validation")
+    validation = validation and held_out(validation, cfg.validation_draws)
     if cfg.fine_tune:
-        metrics = fine_tune(cfg, run, pipeline, encoded, images)
+        metrics = fine_tune(cfg, run, pipeline, scheduler, encoded["train"], validation, images)
         merge(pipeline.unet)
+    else:
+        loss = DenoisingLoss(pipeline.unet, scheduler)
+        metrics = validate(loss, cfg.training, run, eval_dataset=validation)
     pipeline.to(dtype=getattr(torch, cfg.measure_dtype) if cfg.measure_dtype else dtype)
     if cfg.measure:
         metrics |= measure(cfg, images, data["base_style"])
@@ -67,30 +72,30 @@ def fine_tune(
     cfg: DictConfig,
     run: Run,
     pipeline: StableDiffusionXLPipeline,
-    encoded: dict[str, Dataset],
+    scheduler: DDPMScheduler,
+    data: Dataset,
+    validation: Dataset | None,
     images: Evaluation,
 ) -> dict:
     """Train the method's adapter in the pipeline's U-Net and export it; the run's figures."""
     pipeline.unet.requires_grad_(False)
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     unet, create_optimizer = apply_method(
         pipeline.unet,
         cfg.method,
-        first_batches(encoded["train"], default_data_collator, cfg.training),
+        first_batches(data, default_data_collator, cfg.training),
         loss=lambda unet, batch: DenoisingLoss(unet, scheduler)(**batch)["loss"],
         direct_lr=cfg.direct_lr,
     )
     cast_training_params(unet)  # the adapter in float32 on a half-precision base
     initial = adapter_state(unet)
-    validation = encoded.get("validation")
     steps = cfg.images.steps if cfg.measure else []
     metrics = train(
         DenoisingLoss(unet, scheduler),
         create_optimizer,
         cfg.training,
         run,
-        train_dataset=encoded["train"],
-        eval_dataset=validation and held_out(validation, cfg.validation_draws),
+        train_dataset=data,
+        eval_dataset=validation,
         callbacks=[Snapshots(steps, partial(images.snapshot, count=cfg.images.at_steps))],
     )
     export(unet, run.path / "adapter", initial, create_optimizer.factors(unet))

@@ -9,7 +9,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
-from oplora.harness.finetuning import fine_tuning, finish, first_batches, train
+from oplora.harness.finetuning import fine_tuning, finish, first_batches, train, validate
 from oplora.harness.methods import apply_method
 from oplora.harness.runs import Run
 from oplora.studies.vl_bart.batches import MultitaskBatches, VLCollator, check_images
@@ -41,27 +41,34 @@ def main(cfg: DictConfig, run: Run) -> None:
     check_images((i for side in sides.values() for each in side.values() for i in each), grids)
     collator = VLCollator(tokenizer, grids, cfg.tasks)
     model = instantiate(cfg.model)
-    rows = MultitaskBatches(sides["train"], cfg.batch_sizes, cfg.seed)
-    batches = first_batches(rows, collator, cfg.training)
-    adapted, create_optimizer = apply_method(model, cfg.method, batches, direct_lr=cfg.direct_lr)
     evaluate = partial(instantiate(cfg.evaluate), model, tokenizer, collator.inputs)
     equal = dict.fromkeys(cfg.tasks, cfg.evaluate.batch_size)  # Trainer averages over batches
-    epochs = EpochScores(
-        run.path, cfg.training.num_train_epochs, partial(evaluate, sides["validation"])
+    held_out = dict(
+        eval_dataset=MultitaskBatches(sides["validation"], equal, None), data_collator=collator
     )
-    metrics = train(
-        adapted,
-        create_optimizer,
-        cfg.training,
-        run,
-        train_dataset=rows,
-        eval_dataset=MultitaskBatches(sides["validation"], equal, None),
-        data_collator=collator,
-        callbacks=[epochs],
-    )
-    metrics["epochs"] = epochs.history()
-    if isinstance(adapted, PeftModel):
-        adapted.merge_adapter()  # in place: what follows is `model` as it would be shipped
+    if cfg.fine_tune:
+        rows = MultitaskBatches(sides["train"], cfg.batch_sizes, cfg.seed)
+        batches = first_batches(rows, collator, cfg.training)
+        adapted, create_optimizer = apply_method(
+            model, cfg.method, batches, direct_lr=cfg.direct_lr
+        )
+        epochs = EpochScores(
+            run.path, cfg.training.num_train_epochs, partial(evaluate, sides["validation"])
+        )
+        metrics = train(
+            adapted,
+            create_optimizer,
+            cfg.training,
+            run,
+            train_dataset=rows,
+            callbacks=[epochs],
+            **held_out,
+        )
+        metrics["epochs"] = epochs.history()
+        if isinstance(adapted, PeftModel):
+            adapted.merge_adapter()  # in place: what follows is `model` as it would be shipped
+    else:
+        metrics = validate(model, cfg.training, run, **held_out)
     start = time.perf_counter()
     if cfg.score_test:
         metrics |= evaluate(sides["test"], run.path / "predictions.jsonl")

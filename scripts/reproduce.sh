@@ -30,10 +30,10 @@ add() { # EXPERIMENT RUNS [BASE_MODEL]: of it, if it can be run
 
 factorize method=opmf,mf optimizer=sgd # the first figure, in about a minute
 render
-add vl_bart 2 tiny_vl_bart
-add sdxl 3 tiny_sdxl # with the base model as it is
-add llava_cars 2 tiny_llava
-add commonsense 2
+add vl_bart 3 tiny_vl_bart # with the base model as it is
+add sdxl 3 tiny_sdxl
+add llava_cars 3 tiny_llava
+add commonsense 3
 "$PYTHON" scripts/progress.py "$runs" "${plan[@]}" &
 progress=$!
 jobs+=($progress)

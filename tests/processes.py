@@ -66,6 +66,22 @@ def _is_there(folder: Path, trace: str) -> bool:
         return False
 
 
+def base_and_still(run_with, folder: Path) -> tuple[dict, dict]:
+    """Metrics of the base model and of a training whose rate moves nothing.
+
+    run_with: starts the experiment with a folder for its runs and overrides.
+    """
+    found = []
+    for name, *overrides in (
+        ("base", "fine_tune=false", "run_name=base"),
+        ("still", "method=lora", "lr=1e-12", "direct_lr=1e-12", "training.weight_decay=0"),
+    ):
+        done = run_with(folder / name, *overrides)
+        assert getattr(done, "returncode", 0) == 0, done.stderr[-3000:]
+        found.append(only_run(folder / name)[1])
+    return tuple(found)
+
+
 def only_run(folder: Path) -> tuple[Path, dict]:
     """Path and metrics of the one finished run below the folder."""
     (path,) = folder.rglob("metrics.json")

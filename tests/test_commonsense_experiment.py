@@ -2,12 +2,13 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from processes import kill_once, only_run, run_here
+from processes import base_and_still, kill_once, only_run, run_here
 from tiny_language_model import tiny_llama, tiny_tokenizer, with_llamas_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
@@ -227,3 +228,10 @@ def test_dry_run_loads_nothing(tmp_path, preset, method):
     assert not list(tmp_path.iterdir())
     if (preset, method) == ("paper", "oplora"):
         assert "adapter parameters: 56,098,816" in done.stdout
+
+
+def test_the_base_model_has_the_loss_of_a_training_that_moves_nothing(setting, tmp_path):
+    base, still = base_and_still(partial(run, setting), tmp_path)
+    assert base["validation_loss"] == [[0, pytest.approx(still["validation_loss"][-1][1])]]
+    assert base["validation_nll"] == pytest.approx(still["validation_nll"])
+    assert base["accuracy"] == still["accuracy"]

@@ -3,10 +3,11 @@
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from processes import kill_once, only_run, run_here
+from processes import base_and_still, kill_once, only_run, run_here
 from tiny_llava import CLASSES, photo, save_llava, write_cars
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,11 +98,12 @@ def test_full_fine_tuning_is_the_projectors(setting, tmp_path):
 
 
 def test_the_base_model_is_scored_without_training(setting, tmp_path):
-    done = run(setting, tmp_path, "fine_tune=false", "run_name=base")
-    assert done.returncode == 0, done.stderr[-3000:]
-    path, metrics = only_run(tmp_path)
-    assert path.name.startswith("base-") and 0 <= metrics["accuracy"] <= 1
-    assert "steps" not in metrics and metrics["chance"] == 0.25
+    base, still = base_and_still(partial(run, setting), tmp_path)
+    path, _ = only_run(tmp_path / "base")
+    assert path.name.startswith("base-") and 0 <= base["accuracy"] <= 1
+    assert "steps" not in base and base["chance"] == 0.25
+    assert base["validation_loss"] == [[0, pytest.approx(still["validation_loss"][-1][1])]]
+    assert base["test_nll"] == pytest.approx(still["test_nll"])
 
 
 def test_a_truncated_photo_is_one_line_before_training(setting, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from processes import kill_once, only_run, run_here
+from processes import base_and_still, kill_once, only_run, run_here
 from safetensors.torch import load_file
 from tiny_diffusion import naruto_folder, tiny_clip, tiny_pipeline, wikiart_folder
 
@@ -87,6 +88,15 @@ def test_base_model_without_fine_tuning_gets_its_yardsticks(setting, tmp_path):
     assert sticks["gap"]["cmmd"] == pytest.approx(0, abs=1e-9)  # the same images here
     assert sticks["base"]["cmmd"] == pytest.approx(metrics["images"]["cmmd"])
     assert sticks["floor"] > 0
+
+
+def test_the_base_model_has_the_loss_of_a_training_that_moves_nothing(setting, tmp_path):
+    start = partial(run, setting)
+    base, still = base_and_still(
+        lambda runs, *rest: start(runs, "hold_out=0.4", "training.eval_strategy=epoch", *rest),
+        tmp_path,
+    )
+    assert base["validation_loss"] == [[0, pytest.approx(still["validation_loss"][-1][1])]]
 
 
 @pytest.mark.parametrize("when", ["training", "generating"])

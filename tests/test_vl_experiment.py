@@ -1,10 +1,11 @@
 """The VL-BART experiment end to end: the paper's path with a tiny BART and upstream's files."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from processes import kill_once, only_run, run_here
+from processes import base_and_still, kill_once, only_run, run_here
 from tiny_vl import CELLS, SIZE, tiny_bart, tiny_tokenizer, write_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,3 +125,9 @@ def test_an_adapter_without_biases_says_so_and_trains_without(setting, tmp_path)
     assert done.returncode == 2 and "add trained_besides.bias=null" in done.stderr
     done = run(setting, tmp_path / "without", *short, "trained_besides.bias=null")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_base_model_has_the_loss_of_a_training_that_moves_nothing(setting, tmp_path):
+    base, still = base_and_still(partial(run, setting), tmp_path)
+    assert base["validation_loss"] == [[0, pytest.approx(still["validation_loss"][-1][1])]]
+    assert base["average"] == pytest.approx(still["average"])

@@ -21,7 +21,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from oplora.baselines.products import save_plain_lora
@@ -176,6 +176,23 @@ def train(
         **({"best_step": best[0].step} if best else {}),
         **({"resumed": Path(checkpoint).name} if checkpoint else {}),  # seconds: since then
     }
+
+
+def validate(
+    model: nn.Module, training: DictConfig, run: Run, **trainer_options: Any
+) -> dict[str, Any]:
+    """The validation loss of a model as it is: what the curve of its training would begin with.
+
+    Nothing where there is no validation data (`eval_dataset`).
+    """
+    if trainer_options.get("eval_dataset") is None:
+        return {}
+    folder = str(run.path / CHECKPOINTS)
+    arguments = instantiate(training, output_dir=folder, _convert_="all")
+    trainer = Trainer(model, arguments, **trainer_options)
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # no autocast from here on
+    return {"validation_loss": [[0, loss]]}
 
 
 class BestWeights(TrainerCallback):

@@ -40,7 +40,7 @@ class Experiment:
     names_rank: bool = False  # in captions
     items: Items | None = None
     curves: Curves | None = None
-    untrained: Callable[[Groups, list[Record]], list[Row]] = lambda final, base: []
+    untrained: Callable[[Groups], list[Row]] = lambda final: []  # what needs no model
     more: Callable[[Comparison, Groups], list[Part]] = lambda c, final: []
     theses: tuple[Thesis, ...] = ()
     readme: tuple[str, ...] = ()  # the tables that the README shows
@@ -84,7 +84,7 @@ class Experiment:
                 found.append(comparison)
         return found
 
-    def parts(self, c: Comparison, base: list[Record]) -> list[Part]:
+    def parts(self, c: Comparison) -> list[Part]:
         """The sweep, the results, the differences by item, the curves, and what is its own."""
         name, scope = c.name, f"{c.scope}, rank {c.rank}" if self.names_rank else str(c.scope)
         final = by_method(r for rs in c.at_best.values() for r in rs if c.score(r) is not None)
@@ -94,8 +94,9 @@ class Experiment:
             found += rate_parts(c, caption, self.loss_title)
         if final:
             caption = f"{scope}: test set, mean ± 95% interval (seeds). {self.units}"
-            first = self.untrained(final, base)
-            found.append(tables.results_table(name, caption, final, self.columns(final), first))
+            columns = self.columns(final)
+            first = self.untrained(final) + tables.zero_shot(c.base, columns)
+            found.append(tables.results_table(name, caption, final, columns, first))
         if final and self.items:
             things = self.items.columns[1]
             caption = (
@@ -136,14 +137,8 @@ class FineTuning:
         return Section(experiment.title, [*experiment.intro, paper, *parts])
 
     def _parts(self) -> list[Part]:
-        base = [r for r in self.records if not is_tuned(r)]
-        return [
-            part
-            for c in one_per_scale(self.comparisons)
-            for part in self.experiment.parts(
-                c, [r for r in base if r.config["preset"] == c.preset]
-            )
-        ]
+        comparisons = one_per_scale(self.comparisons)
+        return [part for c in comparisons for part in self.experiment.parts(c)]
 
     def claims(self) -> list[Claim]:
         return of_experiment(self.experiment.theses, self.experiment.name, self.comparisons)

@@ -51,6 +51,13 @@ def results_table(
     return Table(name, caption, [*first, *rows], details=[*details, *COSTS], higher=higher)
 
 
+def zero_shot(base: Sequence[Record], columns: Sequence[Column]) -> list[Row]:
+    """The model as it is, where it was scored."""
+    scored = [r for r in base if any(column(r) is not None for column in columns)]
+    name = {"method": "zero-shot (no fine-tuning)", "rate": None}
+    return [Row(name | {c.title: c.cell([r]) for c in columns}, [r]) for r in scored[:1]]
+
+
 def grouped_rows(records: Iterable[Record], key: str, columns: Sequence[Column]) -> list[Row]:
     """Results and costs of every method by a number of the config (rank, mlp_width)."""
     return [
