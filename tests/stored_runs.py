@@ -40,6 +40,11 @@ def store_mf(folder, method, finals, optimizer="sgd", **environment):
         "svd_mse": [SVD] * 3,
         "svd_effective_rank": [4.5] * 3,
         "trained_parameters": 1600,
+        "gradient_peaks": {
+            whose: {"first": ones, "highest": [[3.0] * 3] * len(finals), "lowest_after": ones}
+            for ones in [[[1.0] * 3] * len(finals)]
+            for whose in ("adapter", "trained")
+        },
     }
     time = numpy.linspace(0, 1, 101)
     mse = numpy.array(

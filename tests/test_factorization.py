@@ -29,7 +29,10 @@ RATES = {"sgd": [0.3, 1.0], "momentum": [0.05, 0.1], "adam": [0.003, 0.01]}
 
 
 def single_run(seed, lr, make_optimizer, predicted, clipped_steps=None):
-    """One run as the paper writes it: modules, autograd, torch.optim."""
+    """One run as the paper writes it: modules, autograd, torch.optim.
+
+    Its final error, and at every step the gradient norms of the adapter and of what is trained.
+    """
     M = SMALL.target(seed)
     generator = torch.Generator().manual_seed(10_000 + seed)
     shapes = {"A": (3, 9), "B": (12, 3)}
@@ -48,14 +51,19 @@ def single_run(seed, lr, make_optimizer, predicted, clipped_steps=None):
         params, values = [A, B], lambda: (A, B)
     optimizer = make_optimizer(params, lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SMALL.factor)
+    norms = {"adapter": [], "trained": []}
     for _ in range(SMALL.steps):
         A, B = values()
         optimizer.zero_grad()
+        A.retain_grad()
+        B.retain_grad()
         ((B @ A - M) ** 2).mean().backward()
+        for name, tensors in (("adapter", (A, B)), ("trained", params)):
+            norms[name].append(torch.nn.utils.get_total_norm([t.grad for t in tensors]).item())
         optimizer.step()
         scheduler.step()
     A, B = values()
-    return ((B @ A - M) ** 2).mean().item()
+    return ((B @ A - M) ** 2).mean().item(), norms
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -63,10 +71,15 @@ def single_run(seed, lr, make_optimizer, predicted, clipped_steps=None):
 def test_members_equal_single_runs(name, method):
     rule, make_optimizer = RULES[name]
     result, _ = factorize(SMALL, [0, 1], RATES[name], method=method, rule=rule, **MLP)
-    for row, lr in zip(result["final_mse"], RATES[name]):
-        for value, seed in zip(row, [0, 1]):
-            expected = single_run(seed, lr, make_optimizer, method == "predicted")
-            assert value == pytest.approx(expected, rel=2e-4)
+    for i, lr in enumerate(RATES[name]):
+        for j, seed in enumerate([0, 1]):
+            expected, norms = single_run(seed, lr, make_optimizer, method == "predicted")
+            assert result["final_mse"][i][j] == pytest.approx(expected, rel=2e-4)
+            for whose, each in norms.items():
+                peak = {k: v[i][j] for k, v in result["gradient_peaks"][whose].items()}
+                top = max(range(len(each)), key=each.__getitem__)
+                wanted = dict(first=each[0], highest=each[top], lowest_after=min(each[top:]))
+                assert peak == pytest.approx(wanted, rel=2e-3)
 
 
 @pytest.mark.parametrize("method", ["plain", "predicted", "matched"])

@@ -176,7 +176,8 @@ class Adam(SGD):
         return 1 + h.abs().sum(-1)
 
 
-# What a method trains: each returns A and B and takes their gradients
+# What a method trains: each returns A and B, takes their gradients, and returns the norm of the
+# gradient of its own parameters
 
 
 class Plain:
@@ -189,10 +190,11 @@ class Plain:
     def tensors(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B
 
-    def update(self, gA: Tensor, gB: Tensor, lr: Tensor):
+    def update(self, gA: Tensor, gB: Tensor, lr: Tensor) -> Tensor:
         self.rule.tick()
         self.rule.dense("A", self.A, gA, lr)
         self.rule.dense("B", self.B, gB, lr)
+        return _norm(gA, gB)
 
     def steps(self) -> dict[str, Tensor]:
         return {"step_multiplier": torch.ones(len(self.A))}
@@ -217,6 +219,7 @@ class Predicted:
 
     def update(self, gA, gB, lr):
         self.rule.tick()
+        norms = []
         for name, gradient in (("A", gA), ("B", gB)):
             mlp, h, g = self.mlps[name], self.h[name], gradient.flatten(1)
             dh = (mlp.W2 @ g.unsqueeze(-1)).squeeze(-1)
@@ -226,7 +229,10 @@ class Predicted:
             ):  # fmt: skip
                 self.rule.dense(name + key, tensor, grad, lr)
             self.rule.rank1(name + "W2", mlp.W2, h, g, lr)
+            of_W2_and_b2 = _norm(g) * (1 + h.square().sum(1)).sqrt()
+            norms += [_norm(dz, dW1, db1), of_W2_and_b2]
         self._generate()
+        return _norm(*norms)
 
     def multipliers(self) -> dict[str, Tensor]:
         return {name: self.rule.multiplier(h) for name, h in self.h.items()}
@@ -253,14 +259,36 @@ class Matched(Plain):
         self.rule.tick()
         self.rule.dense("A", self.A, gA, lr * self.multipliers["A"])
         self.rule.dense("B", self.B, gB, lr * self.multipliers["B"])
+        norm = _norm(gA, gB)
         _, gA, gB = self.gradients(*self.companion.tensors())
         self.companion.update(gA, gB, lr)
         for name, new in self.companion.multipliers().items():
             usable = new.isfinite() & (new < DIVERGED**2)  # after divergence: the last usable one
             self.multipliers[name] = torch.where(usable, new, self.multipliers[name])
+        return norm
 
     def steps(self):
         return {"step_multiplier": torch.stack(list(self.multipliers.values())).mean(0)}
+
+
+class Peak:
+    """Of a number per member, over all steps: the first, the highest, and the lowest after that."""
+
+    def __init__(self):
+        self.first = self.highest = self.lowest = None
+
+    def see(self, value: Tensor, alive: Tensor):
+        if self.first is None:
+            self.first = self.highest = self.lowest = value.clone()
+        higher = alive & (value > self.highest)
+        lower = alive & (value < self.lowest)
+        self.highest = torch.where(higher, value, self.highest)
+        self.lowest = torch.where(higher | lower, value, self.lowest)
+
+    def figures(self, grid: tuple[int, int]) -> dict[str, list]:
+        """Lists [rate][seed]."""
+        parts = {"first": self.first, "highest": self.highest, "lowest_after": self.lowest}
+        return {name: _lists(part.view(grid)) for name, part in parts.items()}
 
 
 def build(
@@ -341,6 +369,7 @@ def factorize(
     alive, diverged_at = torch.ones_like(lr, dtype=torch.bool), torch.full_like(lr, -1)
     past: dict[int, Tensor] = {}
     logged = {name: [] for name in CURVES}
+    peaks = {"adapter": Peak(), "trained": Peak()}  # of gradient norms; trained: of the MLPs
     first = None
     silent = None if progress else True  # None: where there is no terminal
     bar = tqdm(range(problem.steps + 1), desc=progress, disable=silent, mininterval=2)
@@ -362,7 +391,9 @@ def factorize(
                     logged[name].append(torch.where(alive, value, torch.nan))
         if step < problem.steps:
             gA, gB = (torch.where(alive[:, None, None], x, 0) for x in (gA, gB))
-            model.update(gA, gB, lr * problem.factor(step) * alive)
+            trained = model.update(gA, gB, lr * problem.factor(step) * alive)
+            peaks["adapter"].see(_norm(gA, gB), alive)
+            peaks["trained"].see(trained, alive)
     curves = {name: torch.stack(rows, -1).view(*grid, -1) for name, rows in logged.items() if rows}
     worse = alive & ~(mse < first)
     diverged = (~alive | worse).view(grid)
@@ -373,6 +404,7 @@ def factorize(
         "diverged": diverged.tolist(),
         "diverged_step": [[int(s) if s >= 0 else None for s in r] for r in diverged_at.view(grid)],
         "final_effective_rank": _lists(curves["effective_rank"][..., -1]),
+        "gradient_peaks": {name: peak.figures(grid) for name, peak in peaks.items()},
         **{key: [reference[key] for reference in references] for key in references[0]},
         "adapter_parameters": A[0].numel() + B[0].numel(),
         "trained_parameters": model.trained_parameters,
@@ -392,6 +424,11 @@ def _diagnostics(mse, g, earlier, A, B, alive) -> dict[str, Tensor]:
     if earlier is not None:
         row["gradient_cosine"] = torch.cosine_similarity(g, earlier, dim=1)
     return row
+
+
+def _norm(*tensors: Tensor) -> Tensor:
+    """Of all values together, for every member."""
+    return torch.linalg.vector_norm(torch.cat([t.view(len(t), -1) for t in tensors], 1), dim=1)
 
 
 def _like(lr: Tensor, x: Tensor) -> Tensor:

@@ -143,14 +143,16 @@ def rank_falls_sooner(op: Study, mf: Study) -> Finding:
 
 
 def spike(op: Study, mf: Study) -> Finding:
-    """Twice as high as MF's, and twice what follows."""
-    (height, fall), (mf_height, mf_fall) = (
-        (norm.max() / norm[0], norm.max() / norm[norm.argmax() :].min())
-        for norm in (study.curve("gradient_norm", op.best) for study in (op, mf))
+    """Twice as high as MF's, and twice what follows: judged of A and B, which both have."""
+    (height, fall), (of_mlps, _), (mf_height, mf_fall) = (
+        op.peak("adapter", op.best),
+        op.peak("trained", op.best),
+        mf.peak("adapter", op.best),
     )
     evidence = (
-        f"peak over first step, and peak over later minimum, at rate {op.best_rate:g}: OP-MF "
-        f"{height:.1f} and {fall:.0f}, MF {mf_height:.1f} and {mf_fall:.0f}"
+        f"peak over first step, and peak over later minimum, of all steps at rate "
+        f"{op.best_rate:g}: OP-MF {height:.1f} and {fall:.0f} (of the MLPs' parameters "
+        f"{of_mlps:.1f}), MF {mf_height:.1f} and {mf_fall:.0f}"
     )
     return at_best_rate(op, evidence, height > 2 * mf_height and fall > 2)
 

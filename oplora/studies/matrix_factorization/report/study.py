@@ -87,6 +87,17 @@ class Study:
         first = numpy.where(below.any(2), self.steps[below.argmax(2)], numpy.inf)
         return numpy.median(first, 1)
 
+    def peak(self, whose: str, rate: int) -> tuple[float, float]:
+        """Highest gradient norm over the first one and over the lowest afterwards, medians.
+
+        whose: "adapter", A and B; "trained", what the method trains.
+        """
+        first, highest, lowest = (
+            numpy.array(self.record.metrics["gradient_peaks"][whose][part][rate], float)
+            for part in ("first", "highest", "lowest_after")
+        )
+        return numpy.nanmedian(highest / first), numpy.nanmedian(highest / lowest)
+
     def curve(self, name: str, rate: int) -> numpy.ndarray:
         """Median over the seeds that go on."""
         return pandas.DataFrame(self.curves[name][rate]).median().to_numpy()
