@@ -24,6 +24,7 @@ from oplora.studies.matrix_factorization.report.study import (
 SCOPE = Scope("matrix factorization", "the paper's scale")
 FIRST, OTHERS, ALL = slice(1), slice(1, None), slice(None)  # SGD is first
 PAIR = ("opmf", "mf")
+AGAIN = "python experiments/matrix_factorization.py --multirun method=opmf,mf optimizer=sgd"
 
 
 def on_rates(
@@ -144,11 +145,11 @@ def rank_falls_sooner(op: Study, mf: Study) -> Finding:
 
 def spike(op: Study, mf: Study) -> Finding:
     """Twice as high as MF's, and twice what follows: judged of A and B, which both have."""
-    (height, fall), (of_mlps, _), (mf_height, mf_fall) = (
-        op.peak("adapter", op.best),
-        op.peak("trained", op.best),
-        mf.peak("adapter", op.best),
-    )
+    asked = ((op, "adapter"), (op, "trained"), (mf, "adapter"))
+    peaks = [study.peak(whose, op.best) for study, whose in asked]
+    if None in peaks:
+        return Finding(NOT_RUN, "runs of an earlier version log every fifth step", command=AGAIN)
+    (height, fall), (of_mlps, _), (mf_height, mf_fall) = peaks
     evidence = (
         f"peak over first step, and peak over later minimum, of all steps at rate "
         f"{op.best_rate:g}: OP-MF {height:.1f} and {fall:.0f} (of the MLPs' parameters "

@@ -87,14 +87,16 @@ class Study:
         first = numpy.where(below.any(2), self.steps[below.argmax(2)], numpy.inf)
         return numpy.median(first, 1)
 
-    def peak(self, whose: str, rate: int) -> tuple[float, float]:
+    def peak(self, whose: str, rate: int) -> tuple[float, float] | None:
         """Highest gradient norm over the first one and over the lowest afterwards, medians.
 
-        whose: "adapter", A and B; "trained", what the method trains.
+        whose: "adapter", A and B; "trained", what the method trains. None: not measured.
         """
+        peaks = self.record.metrics.get("gradient_peaks", {}).get(whose)
+        if peaks is None:
+            return None
         first, highest, lowest = (
-            numpy.array(self.record.metrics["gradient_peaks"][whose][part][rate], float)
-            for part in ("first", "highest", "lowest_after")
+            numpy.array(peaks[part][rate], float) for part in ("first", "highest", "lowest_after")
         )
         return numpy.nanmedian(highest / first), numpy.nanmedian(highest / lowest)
 
