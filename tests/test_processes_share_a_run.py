@@ -1,14 +1,15 @@
 """Two processes train one run as `accelerate launch` starts them: commonsense and SDXL."""
 
 import json
+import multiprocessing
 import os
 import socket
-from contextlib import ExitStack, nullcontext
+import time
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from processes import only_run, run_here
 from safetensors.torch import load_file
@@ -22,40 +23,53 @@ from transformers import TrainingArguments
 from oplora.harness.distributed import share_batch
 from oplora.trainer import OPTrainer
 
-pytestmark = pytest.mark.skipif(
-    "OPLORA_TWO_PROCESSES" not in os.environ,
-    reason="set OPLORA_TWO_PROCESSES=1: where one was cut, the other may wait for it for ever",
-)
 BATCH = "training.per_device_train_batch_size=4"
 SHORT = ["training.num_train_epochs=1", "training.logging_steps=1"]
 
 
-class Cut(BaseException):
-    """Where a run is killed: after its first checkpoint."""
+LIMIT = 120  # seconds that a command may take
+# what the commands import is there already in every process that it starts
+START = multiprocessing.get_context("forkserver")
+START.set_forkserver_preload(["oplora.harness.finetuning", "oplora.studies.sdxl.generation"])
 
 
-def cut(trainer, *arguments, save=OPTrainer._save_checkpoint, **options):
+def killed(trainer, *arguments, save=OPTrainer._save_checkpoint, **options):
+    """Where a run is cut: after its first checkpoint."""
     save(trainer, *arguments, **options)
-    raise Cut
+    os._exit(9)
 
 
-def worker(rank, ports, folder, commands, env):
-    torch.set_num_threads(1)
+def worker(rank, port, command, is_cut, env, told):
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
     }  # fmt: skip
-    codes = {}
-    for port, (name, (command, is_cut)) in zip(ports, commands.items()):
-        os.environ["MASTER_PORT"] = str(port)  # of its own: the last one may not be left yet
-        try:
-            with mock.patch.object(OPTrainer, "_save_checkpoint", cut) if is_cut else nullcontext():
-                done = run_here(command, env)
-            codes[name] = [done.returncode, done.stdout, done.stderr[-2000:]]
-        except Cut:
-            codes[name] = ["cut", torch.initial_seed()]
-            torch.distributed.destroy_process_group()
-        AcceleratorState._reset_state(reset_partial_state=True)
-    (folder / f"{rank}.json").write_text(json.dumps(codes))
+    torch.set_num_threads(1)
+    with mock.patch.object(OPTrainer, "_save_checkpoint", killed) if is_cut else nullcontext():
+        done = run_here(command, env)
+    told.write_text(json.dumps([done.returncode, done.stdout, done.stderr[-2000:]]))
+
+
+def launch(command, folder, env, is_cut=False):
+    """What both processes of a command say (exit code, stdout, stderr), None where one was killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = [folder / f"{port}-{rank}.json" for rank in range(2)]
+    processes = [
+        START.Process(target=worker, args=(rank, port, command, is_cut, env, file))
+        for rank, file in enumerate(told)
+    ]
+    for each in processes:
+        each.start()
+    deadline = time.monotonic() + LIMIT
+    for each in processes:
+        each.join(max(0, deadline - time.monotonic()))
+    late = [each for each in processes if each.exitcode is None]
+    for each in late:
+        each.kill()
+    assert not late, f"{len(late)} of 2 processes went on for {LIMIT} s: {command[1]}"
+    return [json.loads(file.read_text()) if file.exists() else None for file in told]
 
 
 @pytest.fixture(scope="module")
@@ -68,34 +82,30 @@ def runs(text_setting, image_setting, tmp_path_factory):  # noqa: F811
     def images(name):
         return sdxl(image_setting, folder / name, BATCH, *SHORT, "training.save_steps=1", "lr=0.1")
 
-    commands = {
-        "text, cut": (texts("text"), True),
-        "text": (texts("text"), False),
-        "text, again": (texts("text"), False),
-        "images, cut": (images("images"), True),
-        "images": (images("images"), False),
-        "calm images": (images("calm"), False),
+    env = environment(image_setting)
+    said = {
+        "text, cut": launch(texts("text"), folder, env, is_cut=True),
+        "text": launch(texts("text"), folder, env),
+        "text, again": launch(texts("text"), folder, env),
+        "images, cut": launch(images("images"), folder, env, is_cut=True),
+        "images": launch(images("images"), folder, env),
+        "calm images": launch(images("calm"), folder, env),
     }
-    with ExitStack() as stack:
-        free = [stack.enter_context(socket.socket()) for _ in commands]
-        for each in free:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in free]
-    arguments = (ports, folder, commands, environment(image_setting))
-    torch.multiprocessing.spawn(worker, args=arguments, nprocs=2)
-    codes = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     single = run_here(texts("single"))
     assert single.returncode == 0, single.stderr[-3000:]
-    return folder, codes
+    return folder, said
 
 
 def test_the_first_process_owns_the_run_and_the_others_leave_after_training(runs):
-    folder, (first, second) = runs
-    for name, (code, *_) in first.items():
-        assert code == second[name][0] == ("cut" if "cut" in name else 0), (name, first, second)
-    assert "validation NLL" in first["text"][1] and "finished already" in first["text, again"][1]
-    assert not any(said for _, said, *_ in second.values() if isinstance(said, str))
-    assert first["text, cut"][1] != second["text, cut"][1]  # noise and dropout of their own
+    folder, said = runs
+    for name, both in said.items():
+        if "cut" in name:
+            assert both == [None, None], both
+        else:
+            assert [code for code, *_ in both] == [0, 0], (name, both)
+            assert not both[1][1]  # the second process says nothing
+    assert "validation NLL" in said["text"][0][1]
+    assert "finished already" in said["text, again"][0][1]
     assert len(list((folder / "text").rglob("config.yaml"))) == 1
 
 

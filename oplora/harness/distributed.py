@@ -3,6 +3,7 @@
 The first one owns the run's folder; the others follow it through the training and then leave.
 """
 
+import gc
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
+from transformers import Trainer
 
 from oplora.harness.runs import Run, RunError, open_run
 
@@ -74,9 +76,13 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
-def part_after_training() -> None:
-    """The first process goes on alone; the others end here."""
+def part_after_training(trainer: Trainer | None = None) -> None:
+    """The first process goes on alone; the others end here. trainer: what has trained, if any."""
     if process_count() > 1:
+        if trainer is not None:  # DDP goes before its process group: the last owner's end can hang
+            trainer.accelerator.free_memory()
+            trainer.model_wrapped = trainer.model
+            gc.collect()
         torch.distributed.destroy_process_group()  # else torchmetrics would wait for the others
         if not is_first():
             raise Left

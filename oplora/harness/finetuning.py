@@ -147,7 +147,7 @@ def train(
         finish(run, {"diverged": str(error), "steps": trainer.state.global_step})
         raise
     seconds = time.perf_counter() - start
-    part_after_training()
+    part_after_training(trainer)
     trainer.optimizer.eval()  # schedule-free optimizers train other weights than they mean
     optimizer = trainer.optimizer.optimizer  # inside accelerate's
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # no autocast from here on
