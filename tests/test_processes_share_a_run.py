@@ -51,7 +51,7 @@ def worker(rank, port, command, is_cut, env, told):
 
 
 def launch(command, folder, env, is_cut=False):
-    """What both processes of a command say (exit code, stdout, stderr), None where one was killed."""
+    """What both processes of a command say: exit code, stdout, stderr; None: it was killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
