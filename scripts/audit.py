@@ -116,12 +116,19 @@ def mode(values: pandas.Series) -> float:
 
 
 def chosen(sweep: pandas.DataFrame) -> dict[str, float]:
-    """Method → the rate of the lowest mean loss, over the seeds that all its rates have."""
+    """Method → the rate of the lowest mean loss, over the seeds that all its rates have.
+
+    If it and others were run with more seeds, over those that these share.
+    """
     best = {}
     for method, runs in sweep.dropna(subset="loss").groupby("method"):
         table = runs.pivot_table("loss", "lr", "seed", aggfunc="last")
-        table = table[table[table.notna().sum().idxmax()].notna()].dropna(axis=1)
-        best[method] = float(table.mean(axis=1).idxmin())
+        table = table[table[table.notna().sum().idxmax()].notna()]
+        shared = table.dropna(axis=1)
+        best[method] = float(shared.mean(axis=1).idxmin())
+        more = table[table.notna().sum(axis=1) > shared.shape[1]]
+        if best[method] in more.index and more.dropna(axis=1).shape[1] > shared.shape[1]:
+            best[method] = float(more.dropna(axis=1).mean(axis=1).idxmin())
     return best
 
 

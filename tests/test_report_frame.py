@@ -72,7 +72,7 @@ def test_a_methods_role_is_what_its_file_says_not_its_name(tmp_path):
     assert titles.method("lora_gaussian").role == "method"
     assert titles.method("lora_gaussian").title == "lora_gaussian"
     sweep = {"lora_gaussian": {1.0: [1.0], 2.0: [2.0]}, "lora_matched": {1.0: [1.0], 2.0: [2.0]}}
-    (axis,) = over_rates("x", "", sweep, "loss").drawing.axes
+    (axis,) = over_rates("x", "", sweep, dict.fromkeys(sweep, 1.0), "loss").drawing.axes
     drawn = {line.get_label(): line.get_linestyle() for line in axis.lines}
     assert drawn["lora_gaussian"] == "-" and drawn["LoRA, OP's step sizes"] == ":"
     names = ["lora_mlp_start", "lora_gaussian", "oplora", "lora_rite", "full", "lora", "rslora"]

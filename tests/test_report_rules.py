@@ -11,6 +11,7 @@ from oplora.report import across, against, claims, front, rules
 from oplora.report.comparison import Comparison, good_rates, loss_at
 from oplora.report.metrics import Score
 from oplora.report.rules import EQUAL_RATES, FAILS, HOLDS, NOT_RUN, UNTESTABLE, Finding
+from oplora.report.tables import rate_table
 from oplora.report.titles import Scope
 
 SWEEP = {"lora": {1e-3: 3.0, 1e-2: 2.0, 1e-1: 4.0}, "oplora": {1e-3: 3.1, 1e-2: 1.9, 1e-1: 4.1}}
@@ -96,6 +97,24 @@ def test_a_rate_that_one_seed_chose_among_equals_asks_for_more():
     assert row.cells["to be run"].endswith("vl_bart method=lora seed=0,1,2")
     (row,) = across.sensitivity_of(c)
     assert "to be run" not in row.cells  # no spread is known
+
+
+def test_more_seeds_decide_between_the_rates_that_have_them():
+    c = comparison({})
+    assert c.chosen["lora"] == 1e-2
+    unlucky = [run("lora", 1e-2, seed, 3.5) for seed in (1, 2)]
+    c = comparison({})
+    c.records.extend(unlucky)  # alone: its rivals were not run with these seeds
+    assert c.chosen["lora"] == 1e-2
+    c = comparison({})
+    c.records.extend([*unlucky, *(run("lora", 1e-3, seed, 2.5) for seed in (1, 2))])
+    assert c.chosen["lora"] == 1e-3  # 3, 2.5, 2.5 against 2, 3.5, 3.5
+    assert c.losses("lora") == SWEEP["lora"] and c.rivals("lora") == []
+    cells = rate_table("t", "", c.swept_seeds, c.records).rows[0].cells
+    assert cells == {
+        "method": "LoRA", "0.001": "2.667 (3 seeds)* (edge)", "0.01": "3.000 (3 seeds)",
+        "0.1": "4.000",
+    }  # fmt: skip
 
 
 def test_without_a_number_of_the_papers_an_interval_around_zero_tells_nothing():

@@ -154,7 +154,7 @@ def points(overrides):
         ("sweep_learning_rates.sh", ["vl_bart", "method=loraplus,opvera", "preset=paper"], 2 * 5),
         ("sweep_learning_rates.sh", ["sdxl", "preset=paper", "method=lora"], 7),
         ("sweep_learning_rates.sh", ["llava_cars", "preset=paper"], 2 * 6 + 5),
-        ("sweep_seeds.sh", ["commonsense", "lora=3e-3", "oplora=3e-4"], 6),
+        ("sweep_seeds.sh", ["commonsense", "lora=3e-3", "oplora=3e-4"], 1 + 6),
         ("sweep_seeds.sh", ["sdxl", "lora=3e-3"], 2 + 6),
         ("sweep_seeds.sh", ["sdxl", "lora=3e-3", "preset=paper"], 2 + 6),
         ("sweep_seeds.sh", ["sdxl", "lora=3e-3", "dataset=twemoji"], 1 + 3),
@@ -218,7 +218,7 @@ def test_a_failed_grid_is_told_by_the_scripts_exit_code():
     environment = {**os.environ, "PYTHON": "false"}
     command = ["bash", str(ROOT / "scripts" / "sweep_seeds.sh"), "vl_bart", "lora=1", "dora=1"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1 and done.stdout.count("== vl_bart") == 2
+    assert done.returncode == 1 and done.stdout.count("== vl_bart") == 1 + 2
 
 
 STUB = """#!/usr/bin/env bash
@@ -245,11 +245,12 @@ def test_reproduce_renders_early_skips_what_it_cannot_and_goes_on_after_a_failur
     ]  # fmt: skip
     assert lines[-1] == "scripts/report.py runs --out out --against results/published"
     (progress,) = [line.split()[2:] for line in lines if line.startswith("scripts/progress.py")]
-    assert {"matrix_factorization=15", "commonsense=2"} <= set(progress)
+    assert {"matrix_factorization=15", "commonsense=3"} <= set(progress)
     assert not any(planned.startswith("vl_bart") for planned in progress)
     assert "skipping vl_bart" in done.stdout  # the stub knows no rates for it
     seeds = [line for line in lines if line.startswith("experiments/commonsense.py")]
-    assert [line.split()[3:6] for line in seeds] == [
+    assert seeds[0].split()[3:5] == ["fine_tune=false", "run_name=base"]
+    assert [line.split()[3:6] for line in seeds[1:]] == [
         ["method=lora", "lr=0.003", "seed=0"], ["method=oplora", "lr=0.001", "seed=0"],
     ]  # fmt: skip
     assert done.returncode == 1  # commonsense failed

@@ -17,6 +17,7 @@ from oplora.report.titles import Scope, by_method, by_number, in_order, method_o
 GOOD, SHARES = 0.9, (0.75, 0.9, 0.95)  # of the gain: a rate is good if it reaches GOOD
 TOLERANCE = 1.05  # of the best loss, where the base model's is not known
 Sweep = dict[str, dict[float, list[float]]]  # method → learning rate → one value per seed
+BySeed = dict[str, dict[float, dict[int, float]]]  # method → learning rate → seed → value
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,12 @@ class Comparison:
         return replace(titles.preset(self.experiment, self.preset), variant=self.variant)
 
     @cached_property
+    def swept_seeds(self) -> BySeed:
+        return by_seed(self.sweep_runs, self.loss)
+
+    @cached_property
     def sweep(self) -> Sweep:
-        return rates_of(self.sweep_runs, self.loss)
+        return shared_seeds(self.swept_seeds)
 
     @property
     def sweep_runs(self) -> list[Record]:
@@ -62,7 +67,7 @@ class Comparison:
     @cached_property
     def chosen(self) -> dict[str, float]:
         """The learning rate of every method, by validation."""
-        return chosen_rates(self.sweep)
+        return chosen_rates(self.swept_seeds)
 
     @cached_property
     def at_best(self) -> dict[str, list[Record]]:
@@ -103,8 +108,14 @@ class Comparison:
         return min(len(by_rate[rate]) for rate in rates for by_rate in found if rate in by_rate)
 
     def rivals(self, method: str) -> list[float]:
-        """Rates whose losses differ from the best one's by less than the seeds do there."""
+        """Rates whose losses differ from the best one's by less than the seeds do there.
+
+        Not those that were compared with it on more seeds than the rest.
+        """
         losses, best = self.losses(method), self.chosen[method]
+        decided = deciding(self.swept_seeds[method])
+        if len(decided) < len(losses):
+            losses = {r: loss for r, loss in losses.items() if r == best or r not in decided}
         same = [self.loss(r) for r in self.seed_runs(method, best).values()]
         if len(same) < 2:
             return []
@@ -298,12 +309,10 @@ def trained(records: Iterable[Record]) -> list[Record]:
     return [r for r in records if "diverged" not in r.metrics]
 
 
-def rates_of(records: list[Record], value: Callable[[Record], float | None]) -> Sweep:
+def by_seed(records: list[Record], value: Callable[[Record], float | None]) -> BySeed:
     """What the learning rates are chosen by, None where a run has none; a diverged run is infinite.
 
-    Of every method only the seeds that all its rates have: a rate that was run with more seeds
-    afterwards must not be judged by others than its rivals. A rate without the seed that most
-    rates have is left out.
+    A rate without the seed that most rates of its method have is left out.
     """
     found: dict = defaultdict(lambda: defaultdict(dict))
     for r in records:
@@ -312,19 +321,41 @@ def rates_of(records: list[Record], value: Callable[[Record], float | None]) -> 
             found[method_of(r)][r.config["lr"]][r.config["seed"]] = number
     sweep = {}
     for method in in_order(found):
-        seeds = Counter(seed for by_seed in found[method].values() for seed in sorted(by_seed))
+        seeds = Counter(seed for values in found[method].values() for seed in sorted(values))
         usual = seeds.most_common(1)[0][0]
-        rates = {lr: by_seed for lr, by_seed in found[method].items() if usual in by_seed}
-        shared = set.intersection(*(set(by_seed) for by_seed in rates.values()))
-        sweep[method] = {lr: [rates[lr][seed] for seed in sorted(shared)] for lr in sorted(rates)}
+        rates = sorted(found[method].items())
+        sweep[method] = {rate: values for rate, values in rates if usual in values}
     return sweep
 
 
-def chosen_rates(sweep: Sweep) -> dict[str, float]:
+def shared_seeds(found: BySeed) -> Sweep:
+    """Of every method only the seeds that all its rates have: no rate is judged by others."""
+    return {method: on_shared_seeds(rates) for method, rates in found.items()}
+
+
+def on_shared_seeds(rates: dict[float, dict[int, float]]) -> dict[float, list[float]]:
+    shared = sorted(set.intersection(*map(set, rates.values())))
+    return {rate: [values[seed] for seed in shared] for rate, values in rates.items()}
+
+
+def deciding(rates: dict[float, dict[int, float]]) -> dict[float, list[float]]:
+    """What decides between a method's rates: if the best one and others were run with more seeds
+    than all rates were, these rates on the seeds that they share; else all rates."""
+    every = on_shared_seeds(rates)
+    best = min(every, key=lambda rate: mean_interval(every[rate])[0])
+    more = {rate: values for rate, values in rates.items() if len(values) > len(every[rate])}
+    if best not in more:
+        return every
+    again = on_shared_seeds(more)
+    return again if len(again[best]) > len(every[best]) else every
+
+
+def chosen_rates(found: BySeed) -> dict[str, float]:
     """The learning rate of every method whose values are lowest on average."""
+    decided = {method: deciding(rates) for method, rates in found.items()}
     return {
-        method: min(rates, key=lambda rate: mean_interval(rates[rate])[0])
-        for method, rates in sweep.items()
+        method: min(values, key=lambda rate: mean_interval(values[rate])[0])
+        for method, values in decided.items()
     }
 
 

@@ -1,6 +1,6 @@
 """Figures of methods beside one another: over learning rates, over training, over widths."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from oplora.harness.runs import Record
-from oplora.report.comparison import Comparison, Sweep, chosen_rates
+from oplora.report.comparison import Comparison, Sweep
 from oplora.report.page import Part, ReportFigure
 from oplora.report.statistics import at_shared_steps, mean_interval
 from oplora.report.style import INK, style
@@ -37,15 +37,16 @@ def rate_parts(c: Comparison, caption: str, ylabel: str) -> list[Part]:
     """The sweep of a comparison as a figure and as a table."""
     name = c.rates_figure
     return [
-        over_rates(name, caption, c.sweep, ylabel),
-        rate_table(name, caption, c.sweep, c.sweep_runs),
+        over_rates(name, caption, c.sweep, c.chosen, ylabel),
+        rate_table(name, caption, c.swept_seeds, c.sweep_runs),
     ]
 
 
-def over_rates(name: str, caption: str, sweep: Sweep, ylabel: str) -> ReportFigure:
+def over_rates(
+    name: str, caption: str, sweep: Sweep, chosen: Mapping[str, float], ylabel: str
+) -> ReportFigure:
     """Every method's result by its learning rate, mean and range over seeds."""
     axis = _axis("learning rate", ylabel, xscale="log")
-    chosen = chosen_rates(sweep)
     for method, by_rate in sweep.items():
         values = [numpy.array(v) for v in by_rate.values()]
         values = [v if numpy.isfinite(v).all() else v * numpy.nan for v in values]  # a gap

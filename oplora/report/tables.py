@@ -11,7 +11,7 @@ import pandas
 import yaml
 
 from oplora.harness.runs import Record
-from oplora.report.comparison import Sweep, chosen_rates
+from oplora.report.comparison import BySeed, chosen_rates, deciding, on_shared_seeds
 from oplora.report.metrics import Column
 from oplora.report.page import Row, Table
 from oplora.report.statistics import mean_interval, paired_bootstrap
@@ -93,21 +93,31 @@ def cost_cells(runs: Sequence[Record]) -> dict[str, str | int]:
     return dict(zip(COSTS, costs, strict=True))
 
 
-def rate_table(name: str, caption: str, sweep: Sweep, records: Sequence[Record]) -> Table:
-    """Methods by rates; the chosen rate is marked with a star, an edge of the grid with (edge)."""
-    rates, chosen = sorted({rate for row in sweep.values() for rate in row}), chosen_rates(sweep)
+def rate_table(name: str, caption: str, found: BySeed, records: Sequence[Record]) -> Table:
+    """Methods by rates; the chosen rate is marked with a star, an edge of the grid with (edge).
+
+    Rates that were compared on more seeds than the others: on these, with their number.
+    """
+    rates, chosen = sorted({rate for row in found.values() for rate in row}), chosen_rates(found)
     rows = []
-    for method, by_rate in sweep.items():
-        row = {"method": title(method)}
+    for method, by_rate in found.items():
+        row, every, decided = {"method": title(method)}, on_shared_seeds(by_rate), deciding(by_rate)
+        shown_values = every | decided if len(decided) > 1 else every
         for rate in rates:
-            mean = mean_interval(by_rate[rate])[0] if rate in by_rate else None
+            values = shown_values.get(rate)
+            mean = mean_interval(values)[0] if values else None
             text = "diverged" if mean == math.inf else None if mean is None else f"{mean:.3f}"
+            if text and len(values) > len(every[rate]):
+                text += f" ({len(values)} seeds)"
             if text and rate == chosen[method]:
                 at_edge = rate in (min(by_rate), max(by_rate)) and len(by_rate) > 1
                 text += "*" + (" (edge)" if at_edge else "")
             row[f"{rate:g}"] = text
         rows.append(Row(row, [r for r in records if method_of(r) == method]))
-    return Table(name, f"{caption} The chosen rate has a star.", rows)
+    told = f"{caption} The chosen rate has a star."
+    if any(" seeds)" in (cell or "") for row in rows for cell in row.cells.values()):
+        told += " Rates with a number of seeds of their own were compared on these."
+    return Table(name, told, rows)
 
 
 def predictions(record: Record) -> list[dict[str, Any]]:

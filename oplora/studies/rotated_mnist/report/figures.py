@@ -14,7 +14,7 @@ def loss_over_rates(batch: Batch) -> ReportFigure:
     """Figure 2a."""
     c = batch.comparison
     caption = f"Figure 2a. Final loss on all training digits by learning rate; {c.scope}."
-    return over_rates(c.rates_figure, caption, c.sweep, "final training loss")
+    return over_rates(c.rates_figure, caption, c.sweep, c.chosen, "final training loss")
 
 
 def surfaces(batch: Batch) -> list[ReportFigure]:
