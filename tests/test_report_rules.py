@@ -1,5 +1,6 @@
 """The rules of the claims page: every verdict on made-up runs, with numbers worked out by hand."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from oplora import report
 from oplora.harness.runs import Record
-from oplora.report import across, against, claims, front, rules
+from oplora.report import across, against, claims, front, price, rules
 from oplora.report.comparison import Comparison, good_rates, loss_at
 from oplora.report.metrics import Score
 from oplora.report.rules import EQUAL_RATES, FAILS, HOLDS, NOT_RUN, UNTESTABLE, Finding
@@ -115,6 +116,40 @@ def test_more_seeds_decide_between_the_rates_that_have_them():
         "method": "LoRA", "0.001": "2.667 (3 seeds)* (edge)", "0.01": "3.000 (3 seeds)",
         "0.1": "4.000",
     }  # fmt: skip
+
+
+def test_the_price_of_not_tuning_is_what_one_rate_misses_of_the_gain():
+    base = [run("base", 0.0, loss=11.0, fine_tune=False)]
+    first = {"lora": {1e-3: 3.0, 1e-2: 1.0, 1e-1: math.inf}, "oplora": {1e-3: 1.5, 1e-2: 2.0}}
+    second = {
+        "lora": {1e-3: 1.5, 1e-2: 6.0, 1e-1: 11.0},
+        "oplora": {1e-3: 1.0},
+        "full": {1e-3: 0.0},
+    }
+    one = replace(comparison({}, first, base=base), name="a", experiment="vl_bart")
+    two = replace(comparison({}, second, base=base), name="b", experiment="sdxl")
+    alone = replace(
+        one, name="c", experiment="llava_cars", base=[]
+    )  # its base model's loss is not known
+    text, figure, at_one_rate, grid = price.parts([one, two, alone])
+    assert text.text == (
+        "Without tuning, at one rate for all 2 settings: OP-LoRA at 0.001 misses 2% of the gain "
+        "(worst setting 5%); LoRA at 0.001 misses 12% of the gain (worst setting 20%)."
+    )
+    assert [row.cells["method"] for row in at_one_rate.rows] == ["OP-LoRA", "LoRA"]
+    assert list(at_one_rate.rows[1].cells.values()) == [
+        "LoRA",
+        "0.001",
+        "20%",
+        "5%",
+        "12%",
+        "20%",
+        2,
+    ]
+    # LoRA's prices: 20%, 0, infinite; and 5%, 50%, 100%
+    assert list(grid.rows[1].cells.values()) == ["LoRA", "33%", "33%", "50%", "46%", 2]
+    assert figure.caption.endswith("Least: OP-LoRA at 0.001.")
+    assert price.parts([one]) == price.parts([alone, one]) == []  # one setting tells nothing
 
 
 def test_without_a_number_of_the_papers_an_interval_around_zero_tells_nothing():

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from oplora.harness.runs import Record, load_runs
-from oplora.report import across, against, benchmarks, claims, front, provenance
+from oplora.report import across, against, benchmarks, claims, front, price, provenance
 from oplora.report.comparison import Comparison
 from oplora.report.explorer import explorer
 from oplora.report.page import (
@@ -91,10 +91,12 @@ class Report:
         speed = next(filter(None, map(benchmarks.section, folders)), None)
         gains = [gain for results in self.results for gain in results.gains()]
         shown = filter(None, [explorer(self.root, self.comparisons)])
+        untuned = price.parts(self.comparisons)
         yours = [Section("Your runs", [self.against])] if self.against else []
         return [
             *yours,
             Section("Does it help?", [*front.parts(gains), *shown, *claims.parts(self.claims)]),
+            *([Section("The price of not tuning", untuned)] if untuned else []),
             across.section(
                 self.comparisons,
                 [row for results in self.results for row in results.standings()],
