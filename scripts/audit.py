@@ -88,7 +88,10 @@ def read(runs: Path) -> pandas.DataFrame:
                 "fine_tune", "rates")  # fmt: skip
         row = {key: config.get(key) for key in kept} | {"variant": variant}
         row |= {"method": config["method"]["name"], "widths": config.get("widths") or {}}
-        row["optimizer"] = (config.get("optimizer") or {}).get("name")
+        optimizer = config.get("optimizer") or {}
+        row["optimizer"] = optimizer.get("name")
+        kind = optimizer.get("_target_", "AdamW").rsplit(".", 1)[-1]
+        row["method"] += "" if kind == "AdamW" else f"+{kind}"
         row["loss"] = metrics.get("validation_nll") or (curve[-1][1] if curve else None)
         if "diverged" in metrics and experiment in SCORES:
             row["loss"] = float("inf")

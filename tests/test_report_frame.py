@@ -14,7 +14,9 @@ from stored_runs import store_commonsense, store_mf, store_sdxl, store_vl_bart, 
 import oplora.studies
 from oplora import report
 from oplora.harness import entry
+from oplora.harness.runs import Record
 from oplora.report import titles
+from oplora.report.comparison import rates_command
 from oplora.report.figures import over_rates
 from oplora.report.page import Table
 from oplora.report.rules import HOLDS, NOT_RUN
@@ -66,6 +68,17 @@ def test_a_preset_file_may_be_empty(tmp_path, monkeypatch):
     seen = []
     entry.experiment("tiny")(lambda cfg: seen.append(cfg.preset))()
     assert seen == ["mine"]
+
+
+def test_another_optimizer_is_another_method():
+    prodigy = {"optimizer": {"_target_": "prodigyopt.Prodigy"}, "method": {"name": "lora"}}
+    adamw = {"optimizer": {"_target_": "torch.optim.AdamW"}, "method": {"name": "lora"}}
+    names = [titles.method_of(Record(Path(), c, {}, {})) for c in (prodigy, adamw)]
+    assert names == ["lora+Prodigy", "lora"]
+    assert list(map(titles.title, names)) == ["LoRA, Prodigy", "LoRA"]
+    assert rates_command("sdxl", "small", names[:1]) == (
+        "python experiments/sdxl.py preset=small method=lora optimizer=prodigy"
+    )
 
 
 def test_a_methods_role_is_what_its_file_says_not_its_name(tmp_path):

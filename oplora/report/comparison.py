@@ -209,6 +209,9 @@ class Comparison:
 def rates_command(experiment: str, preset: str, methods: Sequence[str]) -> str:
     """The sweep of these methods' learning rates."""
     scale = _scale(preset)
+    if any("+" in method for method in methods):  # an optimizer that finds its own rate
+        given = methods[0].lower().replace("+", " optimizer=")
+        return f"python experiments/{experiment}.py preset={preset} method={given}"
     return f"scripts/sweep_learning_rates.sh {experiment}{scale} method={','.join(methods)}"
 
 

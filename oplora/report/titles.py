@@ -18,6 +18,7 @@ from oplora.harness.runs import Record
 
 FIELDS = ("title", "role", "mlp", "family", "grid", "order")  # of configs/method/<name>.yaml
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+USUAL = "AdamW"  # the optimizer of a method that does not name another
 ROLES = ("full", "method", "control")  # in the order of the tables
 FAMILIES = ("lora", "dora", "full", "scale", "generator", "other")  # each has a colour
 
@@ -59,11 +60,18 @@ def methods(configs: Path = CONFIGS) -> dict[str, Method]:
 
 
 def method_of(record: Record) -> str:
-    return record.config["method"]["name"]
+    """The method's name, and after a + its optimizer's class where that is not the usual AdamW."""
+    name, optimizer = record.config["method"]["name"], record.config.get("optimizer") or {}
+    kind = str(optimizer.get("_target_", USUAL)).rsplit(".", 1)[-1]
+    return name if kind == USUAL else f"{name}+{kind}"
 
 
 def method(name: str) -> Method:
-    return methods().get(name) or Method(name, name)
+    known, _, optimizer = name.partition("+")
+    found = methods().get(known) or Method(known, known)
+    if not optimizer:
+        return found
+    return replace(found, name=name, title=f"{found.title}, {optimizer}", family="other", order=inf)
 
 
 def title(name: str) -> str:
