@@ -17,7 +17,7 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
-PAIRS = (("oplora", "lora"), ("opdora", "dora"))
+PAIRS = (("oplora", "lora"), ("opdora", "dora"), ("oplora_text", "lora"), ("opdora_text", "dora"))
 SCORES = {  # experiment → column of its table of results: metric, factor, digits, is higher better?
     "commonsense": {
         "average": ("accuracy", 100, 1, True),
@@ -226,8 +226,10 @@ def digit_checks(every: pandas.DataFrame) -> tuple[list[tuple], list[tuple[str, 
 
 
 def title(method: str) -> str:
-    path = ROOT / "configs" / "method" / f"{method}.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8"))["title"] if path.exists() else method
+    name, _, optimizer = method.partition("+")
+    path = ROOT / "configs" / "method" / f"{name}.yaml"
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))["title"] if path.exists() else name
+    return f"{found}, {optimizer}" if optimizer else found
 
 
 def compared(tables: Path, checks: list[tuple], gains: list[tuple[str, str, str]]) -> list[str]:
@@ -248,8 +250,10 @@ def compared(tables: Path, checks: list[tuple], gains: list[tuple[str, str, str]
             cells, wanted = rows[["best rate", column]].to_numpy().ravel().tolist(), [rate, text]
         if cells != wanted:
             found.append(f"{name}, {method}: the table has {cells}, the runs give {wanted}")
-    shown = pandas.read_csv(tables / "which.csv", dtype=str)[["methods", "best rate", "gain"]]
-    shown = sorted(map(tuple, shown.to_numpy()))
+    columns = ["methods", "best rate", "gain"]
+    files = [tables / f"{name}.csv" for name in ("which", "which_start")]
+    both = [pandas.read_csv(file, dtype=str) for file in files if file.exists()]
+    shown = sorted(map(tuple, pandas.concat(both)[columns].to_numpy()))
     if shown != sorted(gains):
         missing, other = sorted(set(gains) - set(shown)), sorted(set(shown) - set(gains))
         found.append(f"which: the table has {other}, the runs give {missing}")

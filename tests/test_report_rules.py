@@ -134,7 +134,7 @@ def test_the_price_of_not_tuning_is_what_one_rate_misses_of_the_gain():
     text, figure, at_one_rate, grid = price.parts([one, two, alone])
     assert text.text == (
         "Without tuning, at one rate for all 2 settings: OP-LoRA at 0.001 misses 2% of the gain "
-        "(worst setting 5%); LoRA at 0.001 misses 12% of the gain (worst setting 20%)."
+        "(worst setting 5%); LoRA at 0.001 misses 12% of the gain (worst setting 20%) (one seed)."
     )
     assert [row.cells["method"] for row in at_one_rate.rows] == ["OP-LoRA", "LoRA"]
     assert list(at_one_rate.rows[1].cells.values()) == [
@@ -145,6 +145,7 @@ def test_the_price_of_not_tuning_is_what_one_rate_misses_of_the_gain():
         "12%",
         "20%",
         2,
+        1,
     ]
     # LoRA's prices: 20%, 0, infinite; and 5%, 50%, 100%
     assert list(grid.rows[1].cells.values()) == ["LoRA", "33%", "33%", "50%", "46%", 2]
@@ -359,7 +360,7 @@ def test_the_first_screen_counts_intervals():
     assert "What to use: LoRA with a tuned rate" in text
     assert "in fine-tuning OP-LoRA's best is 0.1 times LoRA's" in text
     assert "What to use: OP-LoRA" in front.answer([gains[0]])
-    rows = front.which(gains).frame
+    rows = front.which("which", "", gains).frame
     assert rows["best rate"].tolist() == ["0.01 → 0.001", "0.01 → 0.01", "0.01 → 0.001"]
     assert rows["memory, GB"].tolist()[2] == "1.00 → 1.00"
 

@@ -24,6 +24,7 @@ WHICH = (
     "one's, the gain (mean ± 95% interval over seeds, positive where OP is ahead), least peak "
     "memory and shortest training time of the runs."
 )
+OTHER_START = {f"{method}_text": base for method, base in rules.PAIRS.items()}
 CLIP = 15.0  # percent: what lies beyond is drawn as an arrow
 
 
@@ -60,7 +61,7 @@ class Gain:
 def gains_of(c: Comparison) -> list[Gain]:
     """Of each of the paper's pairs that shares two seeds, if the gate of it holds."""
     found = []
-    for pair in rules.PAIRS.items():
+    for pair in (rules.PAIRS | OTHER_START).items():
         values = c.advantage(*pair)
         if len(values) > 1 and not c.unfit:
             gain = Gain(
@@ -87,23 +88,30 @@ def parts(gains: Sequence[Gain]) -> list[Part]:
     """Three sentences, the forest plot and the table of rates; nothing without gains."""
     if not gains:
         return []
-    return [Statement("answer", answer(gains)), forest(gains), which(gains)]
+    starts = [gain for gain in gains if gain.methods[0] in OTHER_START]
+    tables = [which("which", WHICH, [gain for gain in gains if gain not in starts])]
+    if starts:
+        tables.append(which("which_start", f"With the text's start. {WHICH}", starts))
+    return [Statement("answer", answer(gains)), forest(gains), *tables]
 
 
 def answer(gains: Sequence[Gain]) -> str:
     """Does it help; what to use; at which rate: of LoRA's family where there are several."""
-    pair = next(iter(rules.PAIRS.items()))
+    pair, other = next(iter(rules.PAIRS.items())), next(iter(OTHER_START))
     name, base = map(title, pair)
+    starts = [g for g in gains if g.methods[0] == other]
     family = method(pair[0]).family
-    gains = [g for g in gains if method(g.methods[0]).family == family] or gains
-    told = {1: [], -1: [], 0: []}
-    for gain in gains:
-        told[gain.ahead].append(f"{gain.scope.short} {gain.text}")
-    better, worse, unclear = told[1], told[-1], told[0]
+    gains = [g for g in gains if method(g.methods[0]).family == family and g not in starts] or gains
+    better, worse, unclear = standing(gains)
     text = f"At its own best learning rate {name} beats {base} in {len(better)} of {len(gains)} "
     text += "settings" + (f" [{'; '.join(better)}]" if better else "")
     text += f", is behind in {len(worse)}" + (f" [{'; '.join(worse)}]" if worse else "")
-    text += f", and in {len(unclear)} the seeds do not tell. What to use: "
+    text += f", and in {len(unclear)} the seeds do not tell"
+    if starts:
+        won, lost, _ = standing(starts)
+        text += f"; with the text's start it is ahead in {len(won)} of {len(starts)}"
+        text += (f" [{'; '.join(won)}]" if won else "") + f" and behind in {len(lost)}"
+    text += ". What to use: "
     if 2 * len(better) > len(gains):
         text += f"{name}, which is worth its memory in most of them."
     else:
@@ -115,6 +123,14 @@ def answer(gains: Sequence[Gain]) -> str:
     text += f" Which rate: in fine-tuning {name}'s best is {ratios[0]:.1g}"
     text += f" to {ratios[-1]:.1g}" * (ratios[0] < ratios[-1]) + f" times {base}'s; begin there."
     return text
+
+
+def standing(gains: Sequence[Gain]) -> tuple[list[str], list[str], list[str]]:
+    """Gains in words: where it is ahead, where behind, and where the seeds do not tell."""
+    told = {1: [], -1: [], 0: []}
+    for gain in gains:
+        told[gain.ahead].append(f"{gain.scope.short} {gain.text}")
+    return told[1], told[-1], told[0]
 
 
 def forest(gains: Sequence[Gain]) -> ReportFigure:
@@ -154,7 +170,7 @@ def _percent(gain: Gain):
     return lambda value: 100 * value / abs(gain.level)
 
 
-def which(gains: Iterable[Gain]) -> Table:
+def which(name: str, caption: str, gains: Iterable[Gain]) -> Table:
     """Which learning rate, per setting."""
     rows = []
     for gain in gains:
@@ -171,4 +187,4 @@ def which(gains: Iterable[Gain]) -> Table:
             cells["memory, GB"] = f"{their_bytes / 1e9:.2f} → {bytes_ / 1e9:.2f}"
             cells["time, s"] = f"{their_seconds:.0f} → {seconds:.0f}"
         rows.append(Row(cells, gain.runs))
-    return Table("which", WHICH, rows)
+    return Table(name, caption, rows)

@@ -24,7 +24,7 @@ ONE_RATE = (
     "Every method at one learning rate for all settings, the one with its lowest mean price: the "
     "part of the gain from the base model's validation loss to the best adapter's that is missed. "
     "All rates are chosen on these same runs, for every method alike; mean and worst are over the "
-    "settings that it has."
+    "settings that it has; OP with each setting's own width of the MLP."
 )
 WHOLE_GRID = (
     "Every rate of a method's grids: the share of them within a price, mean over settings, and the "
@@ -94,7 +94,7 @@ def parts(comparisons: Sequence[Comparison]) -> list[Part]:
         listed, name = prices(found), f"price_{preset}"
         if listed:
             shown += [
-                Statement(name, sentence(listed, len(found))),
+                Statement(name, sentence(listed, found)),
                 drawn(name, listed),
                 Table(f"{name}_one_rate", ONE_RATE, [_one_rate(p, found) for p in listed]),
                 Table(f"{name}_grid", WHOLE_GRID, [_whole_grid(p, found) for p in listed]),
@@ -102,7 +102,13 @@ def parts(comparisons: Sequence[Comparison]) -> list[Part]:
     return shown
 
 
-def sentence(listed: Sequence[Price], number: int) -> str:
+def seeds(price: Price, found: dict[str, Comparison]) -> int:
+    """How many at least its one rate was run with."""
+    mine = [c for name, c in found.items() if name in price.by_setting]
+    return min(len(c.sweep[price.method][price.rate]) for c in mine)
+
+
+def sentence(listed: Sequence[Price], found: dict[str, Comparison]) -> str:
     """The best at one rate of those that have all settings, beside LoRA."""
     told = [p for p in listed if p is listed[0] or p.method == "lora"]
     each = [
@@ -110,7 +116,9 @@ def sentence(listed: Sequence[Price], number: int) -> str:
         f"(worst setting {_percent(max(p.at_one_rate))})"
         for p in told
     ]
-    return f"Without tuning, at one rate for all {number} settings: {'; '.join(each)}."
+    fewest = min(seeds(p, found) for p in told)
+    by = "one seed" if fewest == 1 else f"{fewest} seeds"
+    return f"Without tuning, at one rate for all {len(found)} settings: {'; '.join(each)} ({by})."
 
 
 def drawn(name: str, listed: Sequence[Price]) -> ReportFigure:
@@ -143,6 +151,7 @@ def _one_rate(price: Price, found: dict[str, Comparison]) -> Row:
         "mean": _percent(fmean(price.at_one_rate)),
         "worst": _percent(max(price.at_one_rate)),
         "settings": len(mine),
+        "seeds": seeds(price, found),
     }
     return Row(cells, _runs(price, found))
 
