@@ -6,6 +6,7 @@ the best adapter's, that it misses: 0 for the best adapter at its best rate, 1 f
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,8 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from oplora.report.comparison import Comparison, one_per_scale
+from oplora.harness.runs import Record
+from oplora.report.comparison import Comparison, by_seed, one_per_scale, shared_seeds
 from oplora.report.page import Missing, Part, ReportFigure, Row, Statement, Table
 from oplora.report.style import style
 from oplora.report.titles import in_order, method, method_of, title
@@ -24,7 +26,8 @@ ONE_RATE = (
     "Every method at one learning rate for all settings, the one with its lowest mean price: the "
     "part of the gain from the base model's validation loss to the best adapter's that is missed. "
     "All rates are chosen on these same runs, for every method alike; mean and worst are over the "
-    "settings that it has; OP with each setting's own width of the MLP."
+    "settings that it has. The width of the MLP acts as a learning rate, too: where settings have "
+    "different ones, a second row has the same width everywhere."
 )
 WHOLE_GRID = (
     "Every rate of a method's grids: the share of them within a price, mean over settings, and the "
@@ -34,10 +37,17 @@ WHOLE_GRID = (
 
 @dataclass(frozen=True)
 class Price:
-    """Of one method: setting → learning rate → the part of the gain that is missed."""
+    """Of one method: setting → its runs, and → learning rate → the part of the gain missed."""
 
     method: str
+    width: int | None  # of the MLP, where it is not each setting's own
+    runs: dict[str, list[Record]]
     by_setting: dict[str, dict[float, float]]
+
+    @property
+    def title(self) -> str:
+        everywhere = f", width {self.width} everywhere" if self.width else ""
+        return f"{title(self.method)}{everywhere}"
 
     @cached_property
     def shared(self) -> dict[float, list[float]]:
@@ -53,6 +63,14 @@ class Price:
     @property
     def at_one_rate(self) -> list[float]:
         return self.shared[self.rate]
+
+    @property
+    def seeds(self) -> int:
+        """With how many at least the one rate was run."""
+        return min(
+            len({r.config["seed"] for r in runs if r.config["lr"] == self.rate})
+            for runs in self.runs.values()
+        )
 
     def within(self, price: float) -> float:
         """Share of the rates that cost at most this, mean over settings."""
@@ -71,19 +89,38 @@ def settings(comparisons: Sequence[Comparison], preset: str) -> dict[str, Compar
 
 
 def prices(found: dict[str, Comparison]) -> list[Price]:
-    """Of every adapter in several settings: those in most, with the lowest price, first."""
-    names = in_order(m for c in found.values() for m in c.sweep if method(m).role != "full")
-    every = [
-        Price(m, {name: price_of(c, m) for name, c in found.items() if m in c.sweep}) for m in names
-    ]
+    """Of every adapter in several settings: those in most, with the lowest price, first.
+
+    A method whose settings have MLPs of different widths also with the commonest one everywhere.
+    """
+    every = []
+    for name in in_order(m for c in found.values() for m in c.sweep if method(m).role != "full"):
+        having = {setting: c for setting, c in found.items() if name in c.sweep}
+        every.append(price(name, None, having))
+        own = Counter(usual_width(c, name) for c in having.values())
+        if method(name).mlp != "none" and len(own) > 1:
+            every.append(price(name, own.most_common(1)[0][0], having))
     usable = [p for p in every if len(p.by_setting) >= ENOUGH and p.rate is not None]
     return sorted(usable, key=lambda p: (-len(p.by_setting), fmean(p.at_one_rate)))
 
 
-def price_of(c: Comparison, method: str) -> dict[float, float]:
-    """Learning rate → the part of the gain that is missed; infinite where a run diverged."""
-    gain = c.base_loss - c.best_loss
-    return {rate: (loss - c.best_loss) / gain for rate, loss in c.losses(method).items()}
+def price(name: str, width: int | None, having: dict[str, Comparison]) -> Price:
+    """Of a method in these settings, at each one's usual width or at this one."""
+    runs, by_setting = {}, {}
+    for setting, c in having.items():
+        own = width in (None, usual_width(c, name))
+        mine = [r for r in (c.sweep_runs if own else c.every) if method_of(r) == name]
+        if not own:
+            mine = [r for r in mine if (r.config["rank"], r.config["mlp_width"]) == (c.rank, width)]
+        gain = c.base_loss - c.best_loss
+        for values in shared_seeds(by_seed(mine, c.loss)).values():
+            runs[setting] = mine
+            by_setting[setting] = {r: (fmean(v) - c.best_loss) / gain for r, v in values.items()}
+    return Price(name, width, runs, by_setting)
+
+
+def usual_width(c: Comparison, name: str) -> int:
+    return next(r.config["mlp_width"] for r in c.sweep_runs if method_of(r) == name)
 
 
 def parts(comparisons: Sequence[Comparison]) -> list[Part]:
@@ -97,26 +134,20 @@ def parts(comparisons: Sequence[Comparison]) -> list[Part]:
                 Statement(name, sentence(listed, found)),
                 drawn(name, listed),
                 Table(f"{name}_one_rate", ONE_RATE, [_one_rate(p, found) for p in listed]),
-                Table(f"{name}_grid", WHOLE_GRID, [_whole_grid(p, found) for p in listed]),
+                Table(f"{name}_grid", WHOLE_GRID, [_whole_grid(p) for p in listed]),
             ]
     return shown
 
 
-def seeds(price: Price, found: dict[str, Comparison]) -> int:
-    """How many at least its one rate was run with."""
-    mine = [c for name, c in found.items() if name in price.by_setting]
-    return min(len(c.sweep[price.method][price.rate]) for c in mine)
-
-
 def sentence(listed: Sequence[Price], found: dict[str, Comparison]) -> str:
     """The best at one rate of those that have all settings, beside LoRA."""
-    told = [p for p in listed if p is listed[0] or p.method == "lora"]
+    told = [p for p in listed if p.method in (listed[0].method, "lora")]
     each = [
-        f"{title(p.method)} at {p.rate:g} misses {_percent(fmean(p.at_one_rate))} of the gain "
+        f"{p.title} at {p.rate:g} misses {_percent(fmean(p.at_one_rate))} of the gain "
         f"(worst setting {_percent(max(p.at_one_rate))})"
         for p in told
     ]
-    fewest = min(seeds(p, found) for p in told)
+    fewest = min(p.seeds for p in told)
     by = "one seed" if fewest == 1 else f"{fewest} seeds"
     return f"Without tuning, at one rate for all {len(found)} settings: {'; '.join(each)} ({by})."
 
@@ -130,7 +161,7 @@ def drawn(name: str, listed: Sequence[Price]) -> ReportFigure:
         color = style(price.method).color
         axis.plot(dots, [y] * len(dots), "o", color=color, ms=5, alpha=0.35, mew=0)
         axis.plot(100 * min(fmean(price.at_one_rate), 1), y, "*", color=color, ms=12)
-    names = [f"{title(p.method)} at {p.rate:g}" for p in reversed(listed)]
+    names = [f"{p.title} at {p.rate:g}" for p in reversed(listed)]
     axis.set_yticks(range(len(listed)), names)
     axis.set(xlabel="missed part of the gain, % (100: no better than untrained)", xlim=(-2, 102))
     axis.spines[["top", "right"]].set_visible(False)
@@ -143,7 +174,7 @@ def drawn(name: str, listed: Sequence[Price]) -> ReportFigure:
 
 def _one_rate(price: Price, found: dict[str, Comparison]) -> Row:
     mine = price.by_setting
-    cells = {"method": title(price.method), "rate": f"{price.rate:g}"}
+    cells = {"method": price.title, "rate": f"{price.rate:g}"}
     for name, c in found.items():
         missing = Missing(c.rates_command(price.method))
         cells[name] = _percent(mine[name][price.rate]) if name in mine else missing
@@ -151,21 +182,16 @@ def _one_rate(price: Price, found: dict[str, Comparison]) -> Row:
         "mean": _percent(fmean(price.at_one_rate)),
         "worst": _percent(max(price.at_one_rate)),
         "settings": len(mine),
-        "seeds": seeds(price, found),
+        "seeds": price.seeds,
     }
-    return Row(cells, _runs(price, found))
+    return Row(cells, [r for runs in price.runs.values() for r in runs])
 
 
-def _whole_grid(price: Price, found: dict[str, Comparison]) -> Row:
-    cells = {"method": title(price.method)}
+def _whole_grid(price: Price) -> Row:
+    cells = {"method": price.title}
     cells |= {f"within {share:.0%}": f"{price.within(share):.0%}" for share in WITHIN}
     cells |= {"mean price": _percent(price.mean), "settings": len(price.by_setting)}
-    return Row(cells, _runs(price, found))
-
-
-def _runs(price: Price, found: dict[str, Comparison]) -> list:
-    every = (r for c in found.values() for r in c.sweep_runs)
-    return [r for r in every if method_of(r) == price.method]
+    return Row(cells, [r for runs in price.runs.values() for r in runs])
 
 
 def _percent(price: float) -> str:
