@@ -31,9 +31,11 @@ def main(cfg: DictConfig, run: Run) -> None:
     held_out = dict(eval_dataset=encoded.get("validation"), data_collator=collator)
     if cfg.fine_tune:
         batches = first_batches(encoded["train"], collator, cfg.training)
-        model, create_optimizer = apply_method(model, cfg.method, batches, direct_lr=cfg.direct_lr)
+        adapted, create_optimizer = apply_method(
+            model, cfg.method, batches, direct_lr=cfg.direct_lr
+        )
         metrics = train(
-            model,
+            adapted,
             create_optimizer,
             cfg.training,
             run,
@@ -41,7 +43,8 @@ def main(cfg: DictConfig, run: Run) -> None:
             train_dataset=encoded["train"],
             **held_out,
         )
-        model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        if isinstance(adapted, PeftModel):
+            adapted.merge_adapter()  # in place: what follows is `model` as it would be shipped
     else:
         metrics = validate(model, cfg.training, run, **held_out)
     start = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.functional.classification import binary_matthews_corrcoef
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -81,3 +82,13 @@ def scores(
     if not numbers:
         found["majority"] = Counter(labels).most_common(1)[0][1] / len(labels)
     return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def matthews(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Matthews' correlation of classes 0 and 1, both (rows,); 0 where either side has one alone.
+
+    So GLUE's own script counts; torchmetrics returns something else there.
+    """
+    if min(len(predictions.unique()), len(labels.unique())) < 2:
+        return torch.zeros(())
+    return binary_matthews_corrcoef(predictions, labels)
