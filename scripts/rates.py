@@ -76,18 +76,16 @@ def grids(experiment: str, wanted: list[str], preset: str = "small") -> list[str
     known(experiment, swept)
     rates = swept[experiment] | swept[experiment].get(preset, {})
     by_grid: dict[str, list[str]] = {
-        grid: [] for grid in ("plain", "vera", "text", "full") if grid in rates
+        grid: [] for grid in ("plain", "text", "full") if grid in rates
     }
     for name in wanted or rates["methods"]:
         known(name, methods())
-        grid = method(name).grid
-        if grid == "vera" and grid not in rates:
-            grid = "plain"
-        if grid not in by_grid:
+        grid = name if name in rates else method(name).grid
+        if grid not in rates:
             raise ValueError(
                 f"configs/grids.yaml has no {grid} of {experiment}, as {name} asks for"
             )
-        by_grid[grid].append(name)
+        by_grid.setdefault(grid, []).append(name)
     return [
         f"{','.join(names)} {','.join(f'{rate:g}' for rate in rates[grid])}"
         for grid, names in by_grid.items()
