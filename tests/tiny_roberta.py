@@ -6,7 +6,12 @@ import torch
 from datasets import ClassLabel, Dataset
 from tiny_language_model import SENTENCES, tiny_tokenizer
 from tokenizers import processors
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+from transformers import (
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+)
 
 COLUMNS = {
     "sst2": ["sentence"],
@@ -34,18 +39,25 @@ def save_encoder(folder: Path) -> Path:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=len(tokenizer),
+    config = tiny_config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    RobertaModel(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_config(**options) -> RobertaConfig:
+    return RobertaConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=66,
         type_vocab_size=1,
-        pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
-    RobertaModel(config).save_pretrained(folder)
-    return folder
+
+
+def tiny_classifier(classes: int) -> RobertaForSequenceClassification:
+    return RobertaForSequenceClassification(tiny_config(vocab_size=64, num_labels=classes))
 
 
 def rows(task: str, count: int, start: int = 0) -> Dataset:
