@@ -62,11 +62,8 @@ class Comparison:
     @property
     def setting(self) -> str:
         """What the chosen rates belong to: the preset, and the variant that was swept by itself."""
-        return (
-            f"{self.preset} {self.override}"
-            if self.override and self.swept is None
-            else self.preset
-        )
+        own = bool(self.override) and self.swept is None
+        return f"{self.preset} {self.override}" if own else self.preset
 
     @property
     def own_sweep(self) -> bool:

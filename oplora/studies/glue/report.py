@@ -33,7 +33,7 @@ def untrained(final: Groups) -> list[Row]:
 
 
 def row_scores(record: Record) -> pandas.DataFrame:
-    """correct (0 or 1; None of numbers) and loss of every test row by its id."""
+    """correct (0 or 1; NaN where labels are numbers) and loss of every test row by its id."""
     rows = pandas.DataFrame(predictions(record)).set_index("id")
     classes = rows["label"].dtype != float
     correct = (rows["prediction"] == rows["label"]).astype(float) if classes else float("nan")
