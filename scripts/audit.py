@@ -17,7 +17,8 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
-PAIRS = (("oplora", "lora"), ("opdora", "dora"), ("oplora_text", "lora"), ("opdora_text", "dora"))
+PAIRS = (("oplora", "lora"), ("opdora", "dora"), ("opvera", "vera"),
+         ("oplora_text", "lora"), ("opdora_text", "dora"))  # fmt: skip
 SCORES = {  # experiment → column of its table of results: metric, factor, digits, is higher better?
     "commonsense": {
         "average": ("accuracy", 100, 1, True),
@@ -25,6 +26,7 @@ SCORES = {  # experiment → column of its table of results: metric, factor, dig
     },
     "vl_bart": {"average without captions": ("average_without_captions", 100, 1, True)},
     "llava_cars": {"top-1": ("accuracy", 100, 1, True)},
+    "glue": {"score": ("score", 100, 1, True), "test loss": ("test_loss", 1, 3, False)},
     "sdxl": {"mmd_efficientnet": ("images.mmd_efficientnet", 1, 2, False)},
 }
 KEYS = ["experiment", "preset", "variant"]
@@ -84,6 +86,8 @@ def read(runs: Path) -> pandas.DataFrame:
             variant = config["model"]["dtype"]
         elif experiment == "sdxl":
             variant = config["dataset"]["name"]
+        elif experiment == "glue":
+            variant = config["task"]["name"]
         kept = ("experiment", "preset", "lr", "seed", "rank", "mlp_width", "direct_lr", "measure",
                 "fine_tune", "rates")  # fmt: skip
         row = {key: config.get(key) for key in kept} | {"variant": variant}

@@ -1,6 +1,7 @@
 """Learning rates for scripts/sweep_*.sh: those that sweeps chose, or the grids of a sweep.
 
 python scripts/rates.py vl_bart lora oplora          → lora=0.003 oplora=0.001
+python scripts/rates.py glue task=sst2 lora oplora   → the same, of one of GLUE's tasks
 python scripts/rates.py vl_bart --grids lora oplora  → a line per grid: its methods, its rates
 """
 
@@ -41,19 +42,26 @@ def main() -> int:
 
 def chosen(arguments: argparse.Namespace) -> str:
     known(arguments.experiment, [experiment.name for experiment in report.experiments()])
-    for name in arguments.methods:
+    named = [word for word in arguments.methods if "=" not in word]
+    setting = " ".join([arguments.preset, *(w for w in arguments.methods if "=" in w)])
+    for name in named:
         known(name, methods())
     records, problems = load_runs(arguments.runs / arguments.experiment / arguments.preset)
     found = report.Report(arguments.runs, records, problems).rates.get(arguments.experiment, {})
-    rates = found.get(arguments.preset, {})
-    missing = [method for method in arguments.methods if method not in rates]
-    if missing or not arguments.methods:
+    if setting not in found and (others := [s for s in found if s.startswith(f"{setting} ")]):
+        others = (other.removeprefix(f"{setting} ") for other in others)
+        raise ValueError(
+            f"rates of {arguments.experiment} are told with one of {', '.join(others)}"
+        )
+    rates = found.get(setting, {})
+    missing = [method for method in named if method not in rates]
+    if missing or not named:
         raise ValueError(
             f"no sweep of {', '.join(missing) or 'no method'} in {arguments.runs}: run "
             f"scripts/sweep_learning_rates.sh {arguments.experiment} method={','.join(missing)} "
             f"runtime.runs_dir={arguments.runs}"
         )
-    return " ".join(f"{method}={rates[method]:g}" for method in arguments.methods)
+    return " ".join(f"{method}={rates[method]:g}" for method in named)
 
 
 def known(name: str, names: Collection[str]) -> None:
@@ -72,12 +80,12 @@ def grids(experiment: str, wanted: list[str], preset: str = "small") -> list[str
     }
     for name in wanted or rates["methods"]:
         known(name, methods())
-        grid = method(name).grid
-        if grid not in by_grid:
+        grid = name if name in rates else method(name).grid
+        if grid not in rates:
             raise ValueError(
                 f"configs/grids.yaml has no {grid} of {experiment}, as {name} asks for"
             )
-        by_grid[grid].append(name)
+        by_grid.setdefault(grid, []).append(name)
     return [
         f"{','.join(names)} {','.join(f'{rate:g}' for rate in rates[grid])}"
         for grid, names in by_grid.items()

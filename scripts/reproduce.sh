@@ -17,12 +17,13 @@ render() { run "$PYTHON" scripts/report.py "$runs" --out "$report" "$@" || statu
 factorize() { multirun matrix_factorization runtime.runs_dir="$runs" "$@"; }
 
 plan=(matrix_factorization=15) small=()
-add() { # EXPERIMENT RUNS [BASE_MODEL]: of it, if it can be run
-  local base=${3:-} rates
+add() { # EXPERIMENT RUNS [BASE_MODEL [OPTION]]: of it, if it can be run
+  local base=${3:-} option=${4:-} rates
   if [ -n "$base" ] && [ ! -e "results/base_models/$base" ]; then
     echo "skipping $1: make its base model with python base_models/$base/pretrain.py"
-  elif rates=$("$PYTHON" scripts/rates.py "$1" lora oplora); then
-    plan+=("$1=$2") small+=("$1 $rates")
+  # shellcheck disable=SC2086 # none or one word
+  elif rates=$("$PYTHON" scripts/rates.py "$1" $option lora oplora); then
+    plan+=("$1=$2") small+=("$1 $rates $option")
   else
     echo "skipping $1: see above"
   fi
@@ -34,6 +35,7 @@ add vl_bart 3 tiny_vl_bart # with the base model as it is
 add sdxl 3 tiny_sdxl
 add llava_cars 3 tiny_llava
 add commonsense 3
+add glue 3 "" task=sst2
 "$PYTHON" scripts/progress.py "$runs" "${plan[@]}" &
 progress=$!
 jobs+=($progress)

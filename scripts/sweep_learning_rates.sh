@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Learning rates of methods on the validation loss, over the grids of configs/grids.yaml.
 # Usage: scripts/sweep_learning_rates.sh EXPERIMENT [method=lora,oplora,…] [HYDRA OVERRIDES]
-# EXPERIMENT: commonsense, vl_bart, sdxl, llava_cars
+# EXPERIMENT: commonsense, vl_bart, sdxl, llava_cars, glue (all tasks, or task=…)
 source "$(dirname "$0")/multirun.sh"
-experiment=${1:?commonsense, vl_bart, sdxl or llava_cars}
+experiment=${1:?commonsense, vl_bart, sdxl, llava_cars or glue}
 shift
 train_only=score_test=false
 [ "$experiment" != sdxl ] || train_only=measure=false
@@ -13,7 +13,13 @@ kept=()
 if [ "${overrides[0]}" = preset=paper ]; then # which trains on every image: a tenth is held out
   case $experiment in
     sdxl) kept=(hold_out=0.1 training.eval_strategy=epoch) ;;
-    llava_cars) kept=(data.validation=0.1 training.eval_strategy=epoch) ;;
+    llava_cars | glue) kept=(data.validation=0.1 training.eval_strategy=epoch) ;;
+  esac
+fi
+if [[ $experiment == glue && " ${overrides[*]}" != *" task="* ]]; then
+  case ${overrides[0]} in
+    preset=small) kept+=(task=sst2,mrpc,rte) ;; # those that ship in a package
+    *) kept+=(task=sst2,cola,qnli,mrpc,rte,stsb) ;;
   esac
 fi
 methods=

@@ -3,12 +3,17 @@
 # names the rates.
 # Usage: SEEDS=0,1,2 scripts/sweep_seeds.sh EXPERIMENT METHOD=RATE… [HYDRA OVERRIDES]
 # sdxl trains on two styles, or on dataset=…; twemoji_control and blobs_control are their controls.
+# glue's tasks have rates of their own: give one, as task=sst2.
 source "$(dirname "$0")/multirun.sh"
-experiment=${1:?commonsense, vl_bart, sdxl or llava_cars}
+experiment=${1:?commonsense, vl_bart, sdxl, llava_cars or glue}
 shift
 sort_arguments "$@"
 [ ${#rates[@]} -gt 0 ] || { echo "error: give methods with their rates, as lora=3e-3" >&2; exit 2; }
 data=()
+if [[ $experiment == glue && " ${overrides[*]}" != *" task="* ]]; then
+  echo "error: glue's tasks have rates of their own: add one, as task=sst2" >&2
+  exit 2
+fi
 if [[ $experiment == sdxl && " ${overrides[*]}" != *" dataset="* ]]; then # two styles
   data=(dataset=twemoji,blobs)
   [ "${overrides[0]}" = preset=small ] || data=(dataset=naruto,wikiart)

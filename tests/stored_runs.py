@@ -201,3 +201,39 @@ def store_sdxl(
         own = {"floor": 0.02, "gap": distance(0.5), "base": distance(0.3)}
         metrics["yardsticks"] = own
     return write(path, config, metrics, environment)
+
+
+def store_glue(
+    folder, task, method, lr, seed, loss, score=None, preset="small", fine_tune=True, **environment
+):
+    """A run whose first rows of ten are right; of STS-B all predictions are off by `loss`."""
+    path = folder / f"{preset}-{task}-{method}-{lr}-{seed}-{score is not None}-{fine_tune}"
+    path.mkdir(parents=True)
+    metrics_of = {"cola": ("matthews", "accuracy"), "mrpc": ("accuracy", "f1"),
+                  "stsb": ("pearson", "spearman")}.get(task, ("accuracy",))  # fmt: skip
+    config = {
+        "experiment": "glue", "preset": preset, "method": {"name": method}, "lr": lr, "seed": seed,
+        "rank": 8, "mlp_width": 32, "direct_lr": 1e-3, "fine_tune": fine_tune,
+        "score_test": score is not None,
+        "task": {"name": task, "metrics": {name: {} for name in metrics_of}},
+    }  # fmt: skip
+    metrics = {"peak_memory_bytes": 2_000_000_000}
+    if fine_tune:
+        mlp = 320 * method.startswith("op")
+        metrics |= {
+            "validation_loss": [[10, 0.7], [20, loss]], "adapter_parameters": 10,
+            "mlp_parameters": mlp, "trained_parameters": 40 + (mlp or 10), "train_seconds": 5.0,
+        }  # fmt: skip
+    if score is not None:
+        metrics |= {"score": score, "test_loss": loss, **dict.fromkeys(metrics_of, score)}
+        metrics |= {} if task == "stsb" else {"majority": 0.6}
+        right = [n < 10 * score for n in range(10)]
+        rows = [
+            {"id": f"{task}/{n}", "label": n / 2, "prediction": n / 2 + loss, "loss": loss}
+            if task == "stsb"
+            else {"id": f"{task}/{n}", "label": 1, "prediction": int(right[n]), "loss": loss}
+            for n in range(10)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (path / "predictions.jsonl").write_text(text)
+    return write(path, config, metrics, environment)

@@ -9,11 +9,13 @@ from processes import run_here
 from tiny_diffusion import tiny_pipeline
 from tiny_language_model import tiny_llama
 from tiny_llava import tiny_llava
+from tiny_roberta import tiny_classifier
 from tiny_vl import tiny_vl_bart
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oplora.harness.cost import Counter, language_step, step_cost
+from oplora.studies.glue.model import example_loss as glue_loss
 from oplora.studies.llava_cars.model import example_loss as llava_loss
 from oplora.studies.sdxl.diffusion import example_loss as sdxl_loss
 from oplora.studies.vl_bart.model import example_loss as bart_loss
@@ -70,6 +72,8 @@ def test_gradient_checkpointing_needs_less_and_computes_more():
         (lambda: tiny_pipeline().unet, lambda net: sdxl_loss(net, 2, 64)),
         (lambda: tiny_vl_bart(), lambda net: bart_loss(net, 3, 7, 4)),
         (lambda: tiny_llava(), lambda net: llava_loss(net, 2, 5)),
+        (lambda: tiny_classifier(2), lambda net: glue_loss(net, 2, 5)),
+        (lambda: tiny_classifier(1), lambda net: glue_loss(net, 2, 5)),
     ],
 )
 def test_losses_of_the_presets_shapes(model, loss):

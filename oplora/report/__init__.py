@@ -124,10 +124,13 @@ class Report:
 
     @property
     def rates(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Experiment → preset → method → the learning rate that its sweep chose."""
+        """Experiment → preset → method → the learning rate that its sweep chose.
+
+        Where variants have rates of their own, "small task=sst2" stands in place of "small".
+        """
         found: dict = {}
         for c in self.comparisons:
-            found.setdefault(c.experiment, {}).setdefault(c.preset, {}).update(c.chosen)
+            found.setdefault(c.experiment, {}).setdefault(c.setting, {}).update(c.chosen)
         return found
 
     @property

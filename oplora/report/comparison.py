@@ -60,6 +60,12 @@ class Comparison:
         return self.records if self.swept is None else self.swept
 
     @property
+    def setting(self) -> str:
+        """What the chosen rates belong to: the preset, and the variant that was swept by itself."""
+        own = bool(self.override) and self.swept is None
+        return f"{self.preset} {self.override}" if own else self.preset
+
+    @property
     def own_sweep(self) -> bool:
         """Is there a sweep of learning rates, and was it made on this data?"""
         return bool(self.sweep) and not self.swept_elsewhere

@@ -47,6 +47,7 @@ class Experiment:
     intro: tuple[str, ...] = ()  # paragraphs of the section
     variant: Callable[[Record], str] = lambda record: ""  # what else may not share a table
     variant_title: str = "{}"  # told where there are several
+    variant_option: str = ""  # the override that chooses a variant, which has its own rates
     compare: Callable[[list[Record]], list[Comparison]] | None = None  # default: by preset, variant
     body: Callable[["FineTuning"], list[Part]] | None = None  # default: `parts` of each comparison
     stand_ins: tuple[str, ...] = ()
@@ -68,7 +69,7 @@ class Experiment:
             usual_runs = usual(every)
             rank = usual_runs[0].config["rank"]
             for score in self.scores:
-                column = score.cited and score.cited.format(rank=rank)
+                column = score.cited and score.cited.format(rank=rank, variant=variant)
                 comparison = Comparison(
                     experiment=self.name,
                     preset=preset,
@@ -80,6 +81,7 @@ class Experiment:
                     score=score,
                     cited=tables.cited_scores(self.paper, column) if column else {},
                     variant=self.variant_title.format(variant) if several else "",
+                    override=self.variant_option.format(variant),
                 )
                 found.append(comparison)
         return found

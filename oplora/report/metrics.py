@@ -33,7 +33,7 @@ class Score(Column):
     """A metric by which methods are compared; the title is its unit."""
 
     higher: bool = True
-    cited: str | None = None  # the column of the paper's table; may name the {rank}
+    cited: str | None = None  # the column of the paper's table; may name {rank} and {variant}
 
     @property
     def unit(self) -> str:

@@ -31,7 +31,8 @@ HOLDS, EQUAL_RATES, FAILS = "holds", "only at equal rates", "does not hold"
 UNTESTABLE, NOT_RUN = "not testable at this scale", "not run yet"
 CURVE_POINTS = 5  # evaluations that tell which curve falls faster
 RANGE_SEEDS = 3  # at each rate, of what is said about a range of them
-PAIRS = {"oplora": "lora", "opdora": "dora"}  # the paper's: a method and what it improves
+# the paper's: a method and what it improves
+PAIRS = {"oplora": "lora", "opdora": "dora", "opvera": "vera"}
 VERDICTS = (HOLDS, EQUAL_RATES, FAILS, UNTESTABLE, NOT_RUN)
 
 
