@@ -310,6 +310,9 @@ def _layer_tensors(path: str, layer: BaseTunerLayer):
             if tensor.requires_grad:
                 parts = [path, kind, name] if path else [kind, name]
                 yield _plain_name(".".join(parts)), tensor, kind, name.split(".")[0]
+    # "<kind>.<adapter>" of our own adapters, which PEFT would save as LoRA's if it found them
+    for name, tensor in getattr(layer, "beside_adapter", {}).items():
+        yield _plain_name(f"{path}.{name}"), tensor, *name.split(".")
 
 
 def _config(configs: dict[str, dict], path: str, adapter: str):

@@ -20,7 +20,7 @@ METHODS = sorted(
     if "factorization:" not in path.read_text()
 )
 # Methods of which PEFT's part works on a PeftModel alone; diffusers models are adapted in place.
-NEEDS_PEFT_MODEL = ("lorafa", "adalora", "vera", "opvera", "eva", "opeva")
+NEEDS_PEFT_MODEL = ("lorafa", "adalora", "vera", "opvera", "eva", "opeva", "rosa")
 
 ConfigStore.instance().store(
     "any_experiment",

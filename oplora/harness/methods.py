@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -23,7 +24,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
-from oplora.baselines.products import Factors, factors_of, joined, negative
+from oplora.baselines.products import (
+    Factors,
+    factors_of,
+    joined,
+    negative,
+    save_plain_lora,
+)
 from oplora.baselines.starts import common_basis, lora_one
 from oplora.peft import adapter_blocks, create_plain_optimizer
 
@@ -54,13 +61,15 @@ class OptimizerFactory:
     """Called with the prepared model it makes the method's optimizer.
 
     callbacks: what HF Trainer needs besides for this method; merged: what the base has gained, or
-    with a start that was taken out of it lost, in products B A.
+    with a start that was taken out of it lost, in products B A; export: saves what of the trained
+    PeftModel is no adapter of its own in a folder beside it.
     """
 
     create: Callable[[nn.Module], Optimizer]
     direct_lr: float | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
     merged: list[Factors] = field(default_factory=list)
+    export: Callable[[PeftModel, Path], None] | None = None
 
     def __call__(self, model: nn.Module) -> Optimizer:
         optimizer = self.create(model)
@@ -72,6 +81,14 @@ class OptimizerFactory:
         """All that was learned as one LoRA on the first base; None where the adapter is that."""
         merged = self.merged + [f for each in self.callbacks for f in getattr(each, "links", [])]
         return joined(*merged, factors_of(model)) if merged else None
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """All that was learned, for stock PEFT."""
+        model.save_pretrained(folder)
+        if factors := self.factors(model):
+            save_plain_lora(model, folder, factors)
+        if self.export:
+            self.export(model, folder)
 
 
 def apply_method(
@@ -94,6 +111,7 @@ def apply_method(
         parts["create_optimizer"],
         direct_lr if parts["adapter"] is not None else None,
         [parts["callback"]] if "callback" in parts else [],
+        export=parts.get("export"),
     )
     model = parts["adapt"](model, parts["adapter"], Data(batches, **data))
     if getattr(parts["adapter"], "init_lora_weights", None) == "lora_ga":
