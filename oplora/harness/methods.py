@@ -246,25 +246,51 @@ def adalora_schedule(steps: int) -> dict[str, int]:
 
 
 class AdaLoRASchedule(TrainerCallback):
-    """Tells AdaLoRA how many steps the training has."""
+    """Tells AdaLoRA how many steps the training has, and at its end which ranks were kept."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         for config in model.peft_config.values():
             vars(config).update(adalora_schedule(state.max_steps))
 
+    def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        kept = getattr(optimizer, "optimizer", optimizer).rank_pattern
+        model.peft_config[model.base_model.trainable_adapter_name].rank_pattern = kept
+
 
 def create_adalora_optimizer(
     model: PeftModel, optimizer_cls: type[Optimizer], **kwargs
 ) -> Optimizer:
-    """The plain optimizer; after each step AdaLoRA spends its rank budget."""
+    """The plain optimizer; after each step AdaLoRA spends its rank budget.
+
+    Its state holds what decides that: scores and kept ranks. PEFT has them as attributes, and
+    saves only the kept ranks as soon as its config names them, which then fit no optimizer state:
+    the config gets them for the step alone.
+    """
     if not issubclass(optimizer_cls, torch.optim.Adam | torch.optim.AdamW):
         raise ValueError(f"adalora needs optimizer=adam or adamw, not {optimizer_cls.__name__}")
     optimizer = create_plain_optimizer(model, optimizer_cls, **kwargs)
+    tuner, scores = model.base_model, ("exp_avg_ipt", "exp_avg_unc")
+    config, optimizer.rank_pattern = model.peft_config[tuner.trainable_adapter_name], None
 
     def prune(optimizer, args, kw):
         # The count from the optimizer's state: a resumed run goes on with the schedule.
         step = max(int(state["step"]) for state in optimizer.state.values())
-        model.base_model.update_and_allocate(step)
+        config.rank_pattern = optimizer.rank_pattern
+        tuner.update_and_allocate(step)
+        optimizer.rank_pattern, config.rank_pattern = config.rank_pattern, None
+
+    def save(optimizer, state):
+        held = {name: getattr(tuner.rankallocator, name) for name in scores}
+        state["adalora"] = held | {"rank_pattern": optimizer.rank_pattern}
+
+    def load(optimizer, state):
+        held = dict(state["adalora"])
+        optimizer.rank_pattern = held.pop("rank_pattern")
+        for name, values in held.items():
+            setattr(tuner.rankallocator, name, {n: t.clone() for n, t in values.items()})
+        tuner.rankallocator.ipt = dict.fromkeys(held["exp_avg_ipt"])
 
     optimizer.register_step_post_hook(prune)
+    optimizer.register_state_dict_post_hook(save)
+    optimizer.register_load_state_dict_pre_hook(load)
     return optimizer
