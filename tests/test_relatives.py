@@ -28,7 +28,7 @@ FAMILY = FAMILIES["decoder"]
 STEPS, SAVED, CUT = 10, 4, 6  # of a training: all, between checkpoints, where it is cut
 NEW = ["oplora_scalar", "oplora_rescaled", "deeplora", "hyperloader", "reslora", "lora_large",
        "lora_ga", "eva", "op_scaled", "nola", "cola", "opcola", "relora", "xgblora",
-       "lora_muon", "altlora", "lora_one", "cora", "rosa"]  # fmt: skip
+       "lora_muon", "altlora", "lora_one", "cora", "rosa", "adalora"]  # fmt: skip
 # What a training of ten steps needs; not of one file alone: rosa's sparse part (test_rosa.py).
 OPTIONS = {"rosa": {"method.create_optimizer.warmup_steps": "2"}}
 EXPORTED = [name for name in NEW if name != "rosa"]
