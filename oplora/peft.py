@@ -1,8 +1,8 @@
 """OP for PEFT models: which tensors one MLP predicts, and from what they start.
 
 The only file that knows PEFT's internals. A block is one adapted layer with all tensors that one
-adapter trains there; parameters outside adapted layers (modules_to_save, biases, trainable
-tokens, …) are trained directly.
+adapter trains there, or a prompt's tokens; parameters outside adapted layers (modules_to_save,
+biases, trainable tokens, …) are trained directly.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from peft import PeftType
+from peft import PeftType, PromptEmbedding
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -158,8 +158,8 @@ def _found_blocks(model: nn.Module) -> tuple[list[Block], list[tuple[str, Tensor
     if not blocks:
         raise ValueError(
             "the model trains no tensor of an adapted layer: add an adapter (get_peft_model, "
-            "add_adapter), activate it (set_adapter) and do not freeze it; prompt-learning "
-            "methods have no adapted layers"
+            "add_adapter), activate it (set_adapter) and do not freeze it; of prompt-learning "
+            "methods only prompt tuning has a tensor of its own"
         )
     return blocks, others
 
@@ -232,6 +232,10 @@ def adapter_blocks(model: nn.Module) -> tuple[list[Block], list[tuple[str, Tenso
     found: dict[tuple[str, str], dict[int, tuple[str, Tensor, str]]] = {}
     layers_of: dict[int, set[str]] = {}
     for path, layer in modules:
+        if type(layer) is PromptEmbedding and layer.embedding.weight.requires_grad:
+            name, weight = f"{_plain_name(path)}.embedding.weight", layer.embedding.weight
+            found[path, path.rpartition(".")[2]] = {id(weight): (name, weight, "prompt")}
+            layers_of[id(weight)] = {path}
         if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
             continue
         for name, tensor, kind, adapter in _layer_tensors(path, layer):
@@ -310,6 +314,9 @@ def _layer_tensors(path: str, layer: BaseTunerLayer):
             if tensor.requires_grad:
                 parts = [path, kind, name] if path else [kind, name]
                 yield _plain_name(".".join(parts)), tensor, kind, name.split(".")[0]
+    # "<kind>.<adapter>" of our own adapters, which PEFT would save as LoRA's if it found them
+    for name, tensor in getattr(layer, "beside_adapter", {}).items():
+        yield _plain_name(f"{path}.{name}"), tensor, *name.split(".")
 
 
 def _config(configs: dict[str, dict], path: str, adapter: str):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from benchmark_runlora import runlora
 from benchmark_training import (
     DEVICE,
     METHODS,
@@ -387,6 +388,7 @@ BENCHMARKS = {
         optimizer_step,
         shapes,
         state_file,
+        runlora,
         matrix_factorization,
         rotated_mnist,
     )

@@ -76,7 +76,7 @@ def grids(experiment: str, wanted: list[str], preset: str = "small") -> list[str
     known(experiment, swept)
     rates = swept[experiment] | swept[experiment].get(preset, {})
     by_grid: dict[str, list[str]] = {
-        grid: [] for grid in ("plain", "text", "full") if grid in rates
+        key: [] for key, values in rates.items() if key != "methods" and isinstance(values, list)
     }
     for name in wanted or rates["methods"]:
         known(name, methods())

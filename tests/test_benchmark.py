@@ -1,6 +1,7 @@
 """The benchmark's subjects compute what their names say; its files and their tables."""
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def _script(name: str):
 
 _script("full_size_step")
 training = _script("benchmark_training")
+orders = _script("benchmark_runlora")
 benchmark = _script("benchmark")
 
 
@@ -140,6 +142,25 @@ def test_aims_are_judged_by_their_numbers():
     assert [row.cells["measured"] for row in rows] == measured
     verdicts = ["reached", "reached", "missed", "reached", "missed", "missed", "reached"]
     assert [row.cells["verdict"] for row in rows] == verdicts
+
+
+def test_every_order_of_a_layer_is_pefts_layer():
+    peft, ordered = orders.layer(3, 7, 10, 6)
+    expected = peft()
+    assert all(t.abs().max() > 1e-3 for t in expected)
+    for order in itertools.product(orders.FORWARD, orders.BACKWARD):
+        for a, b in zip(ordered(order), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=str(order))
+
+
+def test_runloras_table_has_every_layer_and_the_sum(monkeypatch, results):
+    monkeypatch.setattr(orders, "LAYERS", {"a": (2, 3, 4, [(2, 8, 8), (1, 8, 4)])})
+    takes = lambda call: 1.0 if "order" in call.__code__.co_freevars else 1.3  # noqa: E731
+    monkeypatch.setattr(orders, "seconds", takes)
+    found = orders.runlora()
+    assert found["models"][0]["peft_over_runlora"] == pytest.approx(1.3)
+    table = benchmarks.orders(found)
+    assert len(table.frame) == 3 and "23%" in table.caption
 
 
 def test_no_file_no_section(tmp_path):

@@ -70,7 +70,10 @@ def run(setting, runs, *overrides):
     return run_here(command(setting, runs, *overrides))
 
 
-@pytest.mark.parametrize("method", ["oplora", "opdora", "lora", "lora_matched_mlp_start", "full"])
+METHODS = ["oplora", "opdora", "lora", "lora_matched_mlp_start", "full", "opprompt", "rosa"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_paper_path_trains_scores_and_is_skipped_when_finished(setting, tmp_path, method):
     done = run(setting, tmp_path, f"method={method}")
     assert done.returncode == 0, done.stderr[-3000:]

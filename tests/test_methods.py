@@ -13,14 +13,15 @@ from oplora.harness.dry_run import mlp_of
 from oplora.harness.methods import apply_method
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+PROMPTS = ("prompt", "residual_prompt", "opprompt")  # of language models alone: test_prompt.py
 # Methods of the matrix factorization study have no adapter.
 METHODS = sorted(
     path.stem
     for path in (CONFIGS / "method").glob("*.yaml")
-    if "factorization:" not in path.read_text()
+    if "factorization:" not in path.read_text() and path.stem not in PROMPTS
 )
 # Methods of which PEFT's part works on a PeftModel alone; diffusers models are adapted in place.
-NEEDS_PEFT_MODEL = ("lorafa", "adalora", "vera", "opvera", "eva", "opeva")
+NEEDS_PEFT_MODEL = ("lorafa", "adalora", "vera", "opvera", "eva", "opeva", "rosa")
 
 ConfigStore.instance().store(
     "any_experiment",

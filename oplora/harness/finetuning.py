@@ -24,7 +24,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from oplora.baselines.products import save_plain_lora
 from oplora.harness.distributed import (
     Left,
     is_first,
@@ -154,9 +153,7 @@ def train(
     for each in best:
         each.load()
     if isinstance(model, PeftModel):
-        model.save_pretrained(run.path / "adapter")
-        if factors := create_optimizer.factors(model):
-            save_plain_lora(model, run.path / "adapter", factors)
+        create_optimizer.save(model, run.path / "adapter")
     history, steps = trainer.state.log_history, trainer.state.global_step
     directly = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapter = parameter_report(model)["adapter_parameters"]

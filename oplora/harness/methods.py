@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -23,7 +24,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
-from oplora.baselines.products import Factors, factors_of, joined, negative
+from oplora.baselines.products import (
+    Factors,
+    factors_of,
+    joined,
+    negative,
+    save_plain_lora,
+)
 from oplora.baselines.starts import common_basis, lora_one
 from oplora.peft import adapter_blocks, create_plain_optimizer
 
@@ -54,13 +61,15 @@ class OptimizerFactory:
     """Called with the prepared model it makes the method's optimizer.
 
     callbacks: what HF Trainer needs besides for this method; merged: what the base has gained, or
-    with a start that was taken out of it lost, in products B A.
+    with a start that was taken out of it lost, in products B A; export: saves what of the trained
+    PeftModel is no adapter of its own in a folder beside it.
     """
 
     create: Callable[[nn.Module], Optimizer]
     direct_lr: float | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
     merged: list[Factors] = field(default_factory=list)
+    export: Callable[[PeftModel, Path], None] | None = None
 
     def __call__(self, model: nn.Module) -> Optimizer:
         optimizer = self.create(model)
@@ -72,6 +81,14 @@ class OptimizerFactory:
         """All that was learned as one LoRA on the first base; None where the adapter is that."""
         merged = self.merged + [f for each in self.callbacks for f in getattr(each, "links", [])]
         return joined(*merged, factors_of(model)) if merged else None
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """All that was learned, for stock PEFT."""
+        model.save_pretrained(folder)
+        if factors := self.factors(model):
+            save_plain_lora(model, folder, factors)
+        if self.export:
+            self.export(model, folder)
 
 
 def apply_method(
@@ -94,6 +111,7 @@ def apply_method(
         parts["create_optimizer"],
         direct_lr if parts["adapter"] is not None else None,
         [parts["callback"]] if "callback" in parts else [],
+        export=parts.get("export"),
     )
     model = parts["adapt"](model, parts["adapter"], Data(batches, **data))
     if getattr(parts["adapter"], "init_lora_weights", None) == "lora_ga":
@@ -228,25 +246,51 @@ def adalora_schedule(steps: int) -> dict[str, int]:
 
 
 class AdaLoRASchedule(TrainerCallback):
-    """Tells AdaLoRA how many steps the training has."""
+    """Tells AdaLoRA how many steps the training has, and at its end which ranks were kept."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         for config in model.peft_config.values():
             vars(config).update(adalora_schedule(state.max_steps))
 
+    def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        kept = getattr(optimizer, "optimizer", optimizer).rank_pattern
+        model.peft_config[model.base_model.trainable_adapter_name].rank_pattern = kept
+
 
 def create_adalora_optimizer(
     model: PeftModel, optimizer_cls: type[Optimizer], **kwargs
 ) -> Optimizer:
-    """The plain optimizer; after each step AdaLoRA spends its rank budget."""
+    """The plain optimizer; after each step AdaLoRA spends its rank budget.
+
+    Its state holds what decides that: scores and kept ranks. PEFT has them as attributes, and
+    saves only the kept ranks as soon as its config names them, which then fit no optimizer state:
+    the config gets them for the step alone.
+    """
     if not issubclass(optimizer_cls, torch.optim.Adam | torch.optim.AdamW):
         raise ValueError(f"adalora needs optimizer=adam or adamw, not {optimizer_cls.__name__}")
     optimizer = create_plain_optimizer(model, optimizer_cls, **kwargs)
+    tuner, scores = model.base_model, ("exp_avg_ipt", "exp_avg_unc")
+    config, optimizer.rank_pattern = model.peft_config[tuner.trainable_adapter_name], None
 
     def prune(optimizer, args, kw):
         # The count from the optimizer's state: a resumed run goes on with the schedule.
         step = max(int(state["step"]) for state in optimizer.state.values())
-        model.base_model.update_and_allocate(step)
+        config.rank_pattern = optimizer.rank_pattern
+        tuner.update_and_allocate(step)
+        optimizer.rank_pattern, config.rank_pattern = config.rank_pattern, None
+
+    def save(optimizer, state):
+        held = {name: getattr(tuner.rankallocator, name) for name in scores}
+        state["adalora"] = held | {"rank_pattern": optimizer.rank_pattern}
+
+    def load(optimizer, state):
+        held = dict(state["adalora"])
+        optimizer.rank_pattern = held.pop("rank_pattern")
+        for name, values in held.items():
+            setattr(tuner.rankallocator, name, {n: t.clone() for n, t in values.items()})
+        tuner.rankallocator.ipt = dict.fromkeys(held["exp_avg_ipt"])
 
     optimizer.register_step_post_hook(prune)
+    optimizer.register_state_dict_post_hook(save)
+    optimizer.register_load_state_dict_pre_hook(load)
     return optimizer

@@ -18,7 +18,7 @@ STEP_AIMS = {8: 1.05, 32: 1.15}  # OP-LoRA's step over LoRA's on SmolLM2, by ran
 
 
 def section(folder: Path) -> Section | None:
-    """Tables of training_step.json and shapes.json in `folder`; None without the first."""
+    """Tables of training_step.json and other files in `folder`; None without the first."""
     measured = _read(folder / "training_step.json")
     if measured is None:
         return None
@@ -42,6 +42,8 @@ def section(folder: Path) -> Section | None:
             f"({step['mlp_parameters']:,} MLP parameters) on a machine without a GPU: "
             f"{step['peak_memory_gib']:.1f} GiB at most."
         )
+    if found := _read(folder / "runlora.json"):
+        parts.append(orders(found))
     if saved := _read(folder / "state_file.json"):
         parts.append(Statement("state_file", state_file(saved)))
     for file, what in BATCHED.items():
@@ -163,6 +165,34 @@ def linear_cost(sweep: dict) -> Table:
         f"deviation {sweep['largest_relative_residual']:.0%}."
     )
     return Table("benchmark_shapes", caption, rows)
+
+
+def orders(found: dict) -> Table:
+    """PEFT's LoRA layer against RunLoRA's best order of products, and a transformer layer's sum."""
+    rows, told = [], []
+    for model in found["models"]:
+        for layer in model["layers"]:
+            order = ", ".join(f"{name} {way}" for name, way in layer["order"].items())
+            cells = {
+                "model": model["model"],
+                "layer": f"{layer['d_in']} → {layer['d_out']}",
+                "fastest order": order,
+                "PEFT's over RunLoRA's": _range(layer["peft_over_runlora"], 2),
+            }
+            rows.append(Row(cells))
+        ratio = model["peft_over_runlora"]
+        cells = {"model": model["model"], "layer": "all adapted of a transformer layer"}
+        rows.append(Row(cells | {"PEFT's over RunLoRA's": f"{ratio:.2f}"}))
+        told.append(
+            f"{1 - 1 / ratio:.0%} of {model['model']}'s ({model['rows']} × {model['tokens']} "
+            f"tokens, rank {model['rank']})"
+        )
+    caption = (
+        "RunLoRA's orders of the products in a LoRA layer, forward and backward in float32: "
+        f"medians with the range of {found['rounds']} rounds in turn with PEFT's layer. The best "
+        f"saves {' and '.join(told)}. rank: through A and B; merged, full: W + s B A, dW is formed."
+    )
+    return Table("benchmark_runlora", caption, rows)
 
 
 def _range(spread: dict[str, float], digits: int = 3) -> str:
