@@ -110,7 +110,7 @@ def create_scale_optimizer(
 
     model, direct_lr: as for `create_oplora_optimizer`. optimizer_cls: for callers that name one;
     only AdamW. lr: of the first step; what is found afterwards depends little on it.
-    kwargs: of `ScaleAdamW` (betas, eps, weight_decay, eta, stretch).
+    kwargs: of `ScaleAdamW` (betas, eps, weight_decay, eta, line_betas).
     """
     if optimizer_cls is not torch.optim.AdamW:
         check_optimizer(optimizer_cls)

@@ -5,13 +5,12 @@ times the adapter moves as far as an ordinary step would (1 + |h|_1). `ScaleAdam
 number and drops the MLP. With D = theta - theta_0, the way a block has come, and n AdamW's
 direction, a step is
 
-    u = -<g, D> / (|m| |D|)  within [-1, 1]                         would going further help?
-    s <- s exp(eta u lr_t / lr_0),   D <- exp(stretch u lr_t / lr_0) D - s lr_t n
+    q = -<g, D> / |D|                        would going further along D have helped?
+    u = mean(q) / sqrt(mean(q^2))            within [-1, 1]: q against its own noise
+    s <- s exp(eta u lr_t / lr_0),   theta <- theta - s lr_t n
 
-g is the gradient and m Adam's average of it: D knows nothing of g's noise, so that <g, D> has
-none on average, while m measures the gradient with most of its noise gone. In the MLP the same
-number also stretches what was learned (stretch = eta). A smaller stretch is what holds s: with
-none it drifts, and a whole one shakes the adapter with every noisy u.
+with running means, bias-corrected as Adam's. A line search is short-sighted: where larger steps
+cost at first what they gain at the end, s stays below the rate that is best for a whole training.
 """
 
 import math
@@ -35,8 +34,8 @@ class ScaleAdamW(Optimizer):
 
     params: as for `OPOptimizer`: tensors, (name, tensor) pairs, lists of these, which are one
         block each, or groups of them. A group with `scaled=False` is trained by plain AdamW.
-    lr: of the first step. Scales find the rest; a scheduler changes lr, eta and stretch together.
-    eta, stretch: how far log s and log |D| move at most, a step.
+    lr: of the first step. Scales find the rest; a scheduler changes lr and eta together.
+    eta: how far log s moves at most, a step. line_betas: of the running means of q and q^2.
     State is at least fp32, whatever the tensors are; s is `log_scale` in each tensor's state.
     FloatingPointError, before anything is changed, for NaN or Inf in a gradient.
     """
@@ -49,15 +48,17 @@ class ScaleAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        eta: float = 1.0,
-        stretch: float = 0.1,
+        eta: float = 0.1,
+        line_betas: tuple[float, float] = (0.9, 0.99),
         maximize: bool = False,
     ):
         adam = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        super().__init__(params, {**adam, "eta": eta, "stretch": stretch, "scaled": True})
+        super().__init__(params, {**adam, "eta": eta, "line_betas": line_betas, "scaled": True})
 
     def add_param_group(self, group: dict):
-        check_adamw({**self.defaults, **group}, "eta", "stretch")
+        options = {**self.defaults, **group}
+        check_adamw(options, "eta")
+        check_adamw({**options, "betas": options["line_betas"]})
         blocks, names = blocks_of(group["params"], f"group {len(self.param_groups)}")
         known: dict = {}
         for tensor, name in zip(chain(*blocks), chain(*names), strict=True):
@@ -118,34 +119,39 @@ class ScaleAdamW(Optimizer):
         log_scales = [state["log_scale"] for state in states]
         if group["scaled"]:
             came = torch._foreach_sub(theta, start)
-            u = self._line_search(group, [len(block) for block in blocks], g, m, came, first)
+            u = self._line_search(group, [len(block) for block in blocks], g, came, states)
             torch._foreach_add_(log_scales, list(group["eta"] * u))
-            torch._foreach_mul_(came, list((group["stretch"] * u).expm1()))
-            torch._foreach_add_(theta, came)
         torch._foreach_mul_(n, [scale.exp() for scale in log_scales])
         torch._foreach_add_(theta, n, alpha=-group["lr"])
         for tensor, value in zip(tensors, theta, strict=True):
             if value.dtype != tensor.dtype:
                 local(tensor).copy_(value)
 
-    def _line_search(self, group, sizes, g, m, came, first) -> Tensor:
+    def _line_search(self, group, sizes, g, came, states) -> Tensor:
         """u lr_t / lr_0 for every tensor, the same within a block."""
         products = [
-            torch.stack([torch.sum(a * d), torch.sum(b * b) / c**2, torch.sum(d * d)])
-            for a, b, d, c in zip(g, m, came, first, strict=True)
+            torch.stack([torch.sum(a * d), torch.sum(d * d)]) for a, d in zip(g, came, strict=True)
         ]
         block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         block = block.to(products[0].device)
-        sums = products[0].new_zeros(len(sizes), 3).index_add_(0, block, torch.stack(products))
+        sums = products[0].new_zeros(len(sizes), 2).index_add_(0, block, torch.stack(products))
         mesh = next((t.device_mesh for t in group["params"] if isinstance(t, DTensor)), None)
         if mesh is not None:
             dist.all_reduce(sums, group=mesh.get_group())
-        product, m_squared, came_squared = sums.unbind(1)
-        lengths = (m_squared * came_squared).sqrt()
-        u = torch.where(lengths > 0, -product / lengths, 0).clamp(-1, 1)
+        product, squared = sums[block].unbind(1)
+        q = torch.where(squared > 0, -product / squared.sqrt(), 0)
+        # the first step has no way to look back on
+        steps = q.new_tensor([max(1.0, state["step"].item() - 1) for state in states])
+        means = []
+        for name, value, beta in zip(
+            ("q", "q_squared"), (q, q * q), group["line_betas"], strict=True
+        ):
+            running = [state[name] for state in states]
+            torch._foreach_lerp_(running, list(value), 1 - beta)
+            means.append(torch.stack(running) / (1 - beta**steps))
+        u = torch.where(means[1] > 0, means[0] / means[1].sqrt(), 0).clamp(-1, 1)
         highest = group.get("initial_lr", group["lr"])  # a scheduler's
-        share = min(1.0, group["lr"] / highest) if highest else 0.0
-        return (share * u)[block]
+        return u * (min(1.0, group["lr"] / highest) if highest else 0.0)
 
     def _state_of(self, tensor: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         state = self.state[tensor]
@@ -154,7 +160,8 @@ class ScaleAdamW(Optimizer):
             state["exp_avg"] = torch.zeros_like(tensor, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(tensor, dtype=dtype)
             state["start"] = tensor.detach().to(dtype, copy=True)
-            state["log_scale"] = torch.zeros((), dtype=dtype, device=tensor.device)
+            for name in ("log_scale", "q", "q_squared"):
+                state[name] = torch.zeros((), dtype=dtype, device=tensor.device)
             if tensor.dtype != dtype:
                 state["theta"] = state["start"].clone()
         return state
