@@ -27,6 +27,7 @@ from benchmark_training import (
     peak_memory,
     prepare,
     seconds,
+    spread,
     timed_step,
 )
 from peft import LoraConfig, get_peft_model
@@ -127,11 +128,6 @@ def triad(values: int = 40_000_000) -> float:
 
 
 _TRIAD: list[torch.Tensor] = []
-
-
-def spread(values) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def matrix_factorization() -> dict:

@@ -4,15 +4,15 @@ For y = x W^T + s (x A^T) B^T and the gradients of x, A and B: every product wit
 through the rank or through W + s B A, and those of A and B through the rank or dW = dy^T x.
 """
 
-import statistics
 from itertools import product
 
 import torch
-from benchmark_training import DEVICE, seconds
+from benchmark_training import DEVICE, seconds, spread
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from tqdm import tqdm
 
-ROUNDS = 9
+ROUNDS = 7
 LAYERS = {  # model: rank, rows, tokens of each, (how many a transformer layer, d_in, d_out)
     "SmolLM2-135M": (8, 16, 32, [(1, 576, 576), (2, 576, 192), (1, 576, 1536), (1, 1536, 576)]),
     "LLaMA-7B": (32, 2, 128, [(3, 4096, 4096), (1, 4096, 11008), (1, 11008, 4096)]),
@@ -50,48 +50,42 @@ class Ordered(torch.autograd.Function):
 def runlora() -> dict:
     """Forward and backward of PEFT's lora.Linear over RunLoRA's, layer by layer; float32.
 
-    The fastest of two forward and four backward orders is chosen first, each timed thrice; then
-    both are timed in turn. A model's ratio is that of the sums over a transformer layer's adapted
-    layers.
+    The fastest of two forward and four backward orders is chosen first; then both are timed in
+    turn, a round as many calls as take 0.3 s. A model's ratio is that of a round's sums over a
+    transformer layer's adapted layers.
     """
     models = []
     for model, (rank, rows, tokens, layers) in LAYERS.items():
-        cases = [_case(rank, rows * tokens, *layer) for layer in layers]
-        sums = [
-            sum(case["count"] * case[f"{form}_seconds"] for case in cases)
-            for form in ("peft", "runlora")
-        ]
+        found = [_case(rank, rows * tokens, *layer) for layer in tqdm(layers, model)]
+        sums = [[(count * a, count * b) for (count, *_), (a, b) in zip(layers, times, strict=True)]
+                for times in zip(*(pairs for _, pairs in found), strict=True)]  # fmt: skip
+        ratios = [sum(p for p, _ in each) / sum(r for _, r in each) for each in sums]
+        cases = [case for case, _ in found]
         sizes = {"model": model, "rank": rank, "rows": rows, "tokens": tokens}
-        models.append({**sizes, "layers": cases, "peft_over_runlora": sums[0] / sums[1]})
+        models.append({**sizes, "layers": cases, "peft_over_runlora": spread(ratios)})
     return {"rounds": ROUNDS, "models": models}
 
 
-def _case(rank: int, tokens: int, count: int, d_in: int, d_out: int) -> dict:
+def _case(rank: int, tokens: int, count: int, d_in: int, d_out: int):
+    """What is told of a layer, and (PEFT's, RunLoRA's) seconds of a call by round."""
     peft, ordered = layer(rank, tokens, d_in, d_out)
-    forward = min(FORWARD, key=lambda way: _fastest(ordered, (way, BACKWARD[0])))
-    backward = min(BACKWARD, key=lambda way: _fastest(ordered, (forward, way)))
-    order = (forward, backward)
     peft()
-    pairs = [(seconds(peft), seconds(lambda: ordered(order))) for _ in range(ROUNDS)]
-    times = [statistics.median(column) for column in zip(*pairs, strict=True)]
-    ratios = [a / b for a, b in pairs]
-    return {
+    calls = max(1, round(0.3 / seconds(peft)))
+    timed = lambda call: seconds(lambda: [call() for _ in range(calls)]) / calls  # noqa: E731
+    fastest = lambda order: min(timed(lambda: ordered(order)) for _ in range(2))  # noqa: E731
+    forward = min(FORWARD, key=lambda way: fastest((way, BACKWARD[0])))
+    backward = min(BACKWARD, key=lambda way: fastest((forward, way)))
+    order = (forward, backward)
+    pairs = [(timed(peft), timed(lambda: ordered(order))) for _ in range(ROUNDS)]
+    case = {
         "count": count,
         "d_in": d_in,
         "d_out": d_out,
         "order": {"y": forward, "dx": backward[0], "dA, dB": backward[1]},
-        "peft_seconds": times[0],
-        "runlora_seconds": times[1],
-        "peft_over_runlora": {
-            "median": statistics.median(ratios),
-            "low": min(ratios),
-            "high": max(ratios),
-        },
+        "peft_seconds": spread([a for a, _ in pairs]),
+        "peft_over_runlora": spread([a / b for a, b in pairs]),
     }
-
-
-def _fastest(ordered, order: tuple) -> float:
-    return min(seconds(lambda: ordered(order)) for _ in range(3))
+    return case, pairs
 
 
 def layer(rank: int, tokens: int, d_in: int, d_out: int):

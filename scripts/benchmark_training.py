@@ -5,6 +5,7 @@ bytes that two steps of one method take at most.
 """
 
 import copy
+import statistics
 import subprocess
 import sys
 import time
@@ -168,6 +169,11 @@ def prepare(workload: Workload, rank: int, method: str) -> tuple[Callable[[], Te
     if "in_graph" in method:
         model = InGraph(model)
     return partial(workload.loss, model), create_optimizer(model)
+
+
+def spread(values) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def seconds(function: Callable) -> float:

@@ -155,10 +155,25 @@ def test_every_order_of_a_layer_is_pefts_layer():
 
 def test_runloras_table_has_every_layer_and_the_sum(monkeypatch, results):
     monkeypatch.setattr(orders, "LAYERS", {"a": (2, 3, 4, [(2, 8, 8), (1, 8, 4)])})
-    takes = lambda call: 1.0 if "order" in call.__code__.co_freevars else 1.3  # noqa: E731
-    monkeypatch.setattr(orders, "seconds", takes)
+    layer, now = orders.layer, [0.0]  # a clock that the calls move
+
+    def slow(*sizes):
+        peft, ordered = layer(*sizes)
+        takes = {"peft": 1.3, ("merged", ("rank", "full")): 1.0}
+        move = lambda key: now.__setitem__(0, now[0] + takes.get(key, 2.0))  # noqa: E731
+        return lambda: (move("peft"), peft()), lambda order: (move(order), ordered(order))
+
+    def seconds(call):
+        start = now[0]
+        call()
+        return now[0] - start
+
+    monkeypatch.setattr(orders, "layer", slow)
+    monkeypatch.setattr(orders, "seconds", seconds)
+    monkeypatch.setattr(orders, "FORWARD", ("merged",))
     found = orders.runlora()
-    assert found["models"][0]["peft_over_runlora"] == pytest.approx(1.3)
+    assert found["models"][0]["layers"][0]["order"]["dA, dB"] == "full"
+    assert found["models"][0]["peft_over_runlora"]["median"] == pytest.approx(1.3)
     table = benchmarks.orders(found)
     assert len(table.frame) == 3 and "23%" in table.caption
 

@@ -182,10 +182,10 @@ def orders(found: dict) -> Table:
             rows.append(Row(cells))
         ratio = model["peft_over_runlora"]
         cells = {"model": model["model"], "layer": "all adapted of a transformer layer"}
-        rows.append(Row(cells | {"PEFT's over RunLoRA's": f"{ratio:.2f}"}))
+        rows.append(Row(cells | {"PEFT's over RunLoRA's": _range(ratio, 2)}))
         told.append(
-            f"{1 - 1 / ratio:.0%} of {model['model']}'s ({model['rows']} × {model['tokens']} "
-            f"tokens, rank {model['rank']})"
+            f"{1 - 1 / ratio['median']:.0%} of {model['model']}'s "
+            f"({model['rows']} × {model['tokens']} tokens, rank {model['rank']})"
         )
     caption = (
         "RunLoRA's orders of the products in a LoRA layer, forward and backward in float32: "
