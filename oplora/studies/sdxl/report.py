@@ -24,8 +24,8 @@ SCALES = (
     "At the paper's scale q, k, v and the output of the attention layers are adapted at a constant "
     "learning rate. The small preset adapts all linear layers of the U-Net's transformers, with a "
     "cosine schedule, and its learning rates are chosen on one of the styles. The style called "
-    "blobs (Google's of 2017) is not new to the base model: 8% of its training images had it, under "
-    "a word that the captions here lack."
+    "blobs (Google's of 2017) is not new to the base model: 8% of its training images had it, "
+    "under a word that the captions here lack."
 )
 
 
