@@ -26,7 +26,8 @@ for path in adapters:
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), path).eval()
     with torch.no_grad():
         outputs[path] = model(**batch).logits
-        outputs[path + " merged"] = model.merge_and_unload()(**batch).logits
+        if hasattr(model, "merge_and_unload"):  # a prompt has nothing to merge
+            outputs[path + " merged"] = model.merge_and_unload()(**batch).logits
 assert not any(name.split(".")[0] == "oplora" for name in sys.modules)
 save_file(outputs, base + "/outputs.safetensors")
 """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_export import in_another_process
+from test_export import PEFT_USER, in_another_process
 from test_methods import PROMPTS, method
 from test_relatives import CUT, FAMILY, SAVED, fit
 from tiny_models import FAMILIES, decoder, train
@@ -15,22 +15,6 @@ from oplora.generators import create_generator_optimizer
 from oplora.harness.completion import PackingCollator
 from oplora.harness.methods import apply_method
 from oplora.mlp import AdapterMLP, generator_for
-
-STOCK_USER = """
-import sys, torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
-
-base, *adapters = sys.argv[1:]
-batch, outputs = load_file(base + "/batch.safetensors"), {}
-for path in adapters:
-    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), path).eval()
-    with torch.no_grad():
-        outputs[path] = model(**batch).logits
-assert not any(name.split(".")[0] == "oplora" for name in sys.modules)
-save_file(outputs, base + "/outputs.safetensors")
-"""
 
 
 def prompted(tokens=3):
@@ -149,7 +133,7 @@ def fitted(tmp_path_factory):
 def test_it_learns_and_is_a_prompt_of_stock_peft(fitted):
     root, runs = fitted
     paths = {name: root / name / "adapter" for name in PROMPTS}
-    outputs = in_another_process(STOCK_USER, root, list(paths.values()))
+    outputs = in_another_process(PEFT_USER, root, list(paths.values()))
     for name, (expected, metrics) in runs.items():
         losses = [loss for _, loss in metrics["train_loss"]]
         assert losses[-1] < losses[0], name
