@@ -9,8 +9,9 @@ import pytest
 from oplora import report
 from oplora.harness.runs import Record
 from oplora.report import across, against, claims, front, price, rules
-from oplora.report.comparison import Comparison, good_rates, loss_at
+from oplora.report.comparison import Comparison
 from oplora.report.metrics import Score
+from oplora.report.rates import good_rates, loss_at
 from oplora.report.rules import EQUAL_RATES, FAILS, HOLDS, NOT_RUN, UNTESTABLE, Finding
 from oplora.report.tables import rate_table
 from oplora.report.titles import Scope

@@ -5,14 +5,9 @@ from math import sqrt
 from statistics import stdev
 
 from oplora.harness.runs import Record
-from oplora.report.comparison import (
-    SHARES,
-    TOLERANCE,
-    Comparison,
-    good_rates,
-    loss_at,
-)
+from oplora.report.comparison import Comparison
 from oplora.report.page import Missing, Row, Section, Table
+from oplora.report.rates import SHARES, TOLERANCE, good_rates, loss_at
 from oplora.report.rules import PAIRS, cited_gain
 from oplora.report.statistics import (
     MOST_SEEDS,

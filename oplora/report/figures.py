@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from oplora.harness.runs import Record
-from oplora.report.comparison import Comparison, Sweep
+from oplora.report.comparison import Comparison
 from oplora.report.page import Part, ReportFigure
+from oplora.report.rates import Sweep
 from oplora.report.statistics import at_shared_steps, mean_interval
 from oplora.report.style import INK, style
 from oplora.report.tables import Groups, rate_table

@@ -15,8 +15,9 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from oplora.harness.runs import Record
-from oplora.report.comparison import Comparison, by_seed, one_per_scale, shared_seeds
+from oplora.report.comparison import Comparison, one_per_scale
 from oplora.report.page import Missing, Part, ReportFigure, Row, Statement, Table
+from oplora.report.rates import by_seed, shared_seeds
 from oplora.report.style import style
 from oplora.report.titles import in_order, method, method_of, title
 
@@ -96,15 +97,15 @@ def prices(found: dict[str, Comparison]) -> list[Price]:
     every = []
     for name in in_order(m for c in found.values() for m in c.sweep if method(m).role != "full"):
         having = {setting: c for setting, c in found.items() if name in c.sweep}
-        every.append(price(name, None, having))
+        every.append(price_of(name, None, having))
         own = Counter(usual_width(c, name) for c in having.values())
         if method(name).mlp != "none" and len(own) > 1:
-            every.append(price(name, own.most_common(1)[0][0], having))
+            every.append(price_of(name, own.most_common(1)[0][0], having))
     usable = [p for p in every if len(p.by_setting) >= ENOUGH and p.rate is not None]
     return sorted(usable, key=lambda p: (-len(p.by_setting), fmean(p.at_one_rate)))
 
 
-def price(name: str, width: int | None, having: dict[str, Comparison]) -> Price:
+def price_of(name: str, width: int | None, having: dict[str, Comparison]) -> Price:
     """Of a method in these settings, at each one's usual width or at this one."""
     runs, by_setting = {}, {}
     for setting, c in having.items():

@@ -10,12 +10,8 @@ from dataclasses import dataclass
 import numpy
 
 from oplora.harness.runs import Record
-from oplora.report.comparison import (
-    GOOD,
-    Comparison,
-    good_rates,
-    loss_at,
-)
+from oplora.report.comparison import Comparison
+from oplora.report.rates import GOOD, good_rates, loss_at
 from oplora.report.statistics import (
     MOST_SEEDS,
     at_shared_steps,

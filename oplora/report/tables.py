@@ -11,9 +11,9 @@ import pandas
 import yaml
 
 from oplora.harness.runs import Record
-from oplora.report.comparison import BySeed, chosen_rates, deciding, on_shared_seeds
 from oplora.report.metrics import Column
 from oplora.report.page import Row, Table
+from oplora.report.rates import BySeed, chosen_rates, deciding, on_shared_seeds
 from oplora.report.statistics import mean_interval, paired_bootstrap
 from oplora.report.titles import by_method, by_number, label, method_of, title
 

@@ -9,11 +9,12 @@ from matplotlib.figure import Figure
 from oplora.harness.runs import Record
 from oplora.report import titles
 from oplora.report.claims import better
-from oplora.report.comparison import Comparison, final_loss, trained, usual
+from oplora.report.comparison import Comparison, final_loss, usual
 from oplora.report.experiment import Experiment, FineTuning, is_tuned
 from oplora.report.figures import Curves, over_training, rate_parts
 from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, ReportFigure, Row, Table
+from oplora.report.rates import trained
 from oplora.report.statistics import mean_interval
 from oplora.report.tables import COSTS, Groups, cited_scores, grouped_rows, method_row
 from oplora.report.titles import by_method, method_of, title

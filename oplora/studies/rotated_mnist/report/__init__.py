@@ -9,10 +9,10 @@ from oplora.report import across
 from oplora.report.against import Measured
 from oplora.report.against import measured as measured_of
 from oplora.report.claims import Claim
-from oplora.report.comparison import GOOD, good_rates, loss_at
 from oplora.report.front import Gain, gains_of
 from oplora.report.metrics import Column
 from oplora.report.page import Part, Row, Section, Table
+from oplora.report.rates import GOOD, good_rates, loss_at
 from oplora.report.statistics import shown
 from oplora.report.tables import COSTS, cited_table, method_row
 from oplora.report.titles import label
