@@ -118,8 +118,7 @@ def train(
     Of several processes (`oplora.harness.distributed`) only the first one returns.
     """
     folder = run.path / CHECKPOINTS
-    arguments: TrainingArguments = instantiate(training, output_dir=str(folder), _convert_="all")
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer takes all GPUs, with larger batches
+    arguments = training_arguments(training, folder)
     if process_count() > 1:
         arguments.data_seed = arguments.seed  # the same order everywhere, but
     if keep_best and any(hasattr(callback, "links") for callback in create_optimizer.callbacks):
@@ -184,12 +183,19 @@ def validate(
     """
     if trainer_options.get("eval_dataset") is None:
         return {}
-    folder = str(run.path / CHECKPOINTS)
-    arguments = instantiate(training, output_dir=folder, _convert_="all")
-    trainer = Trainer(model, arguments, **trainer_options)
+    trainer = Trainer(
+        model, training_arguments(training, run.path / CHECKPOINTS), **trainer_options
+    )
     loss = trainer.evaluate()["eval_loss"]
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # no autocast from here on
     return {"validation_loss": [[0, loss]]}
+
+
+def training_arguments(training: DictConfig, folder: Path) -> TrainingArguments:
+    """TrainingArguments of a config, with checkpoints in `folder`."""
+    arguments = instantiate(training, output_dir=str(folder), _convert_="all")
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer takes all GPUs, with larger batches
+    return arguments
 
 
 class BestWeights(TrainerCallback):
