@@ -17,6 +17,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+CHECKPOINT = "optimizer.pt trainer_state.json"  # a trace of a whole one
+
+
 def run_here(command: list[str], env: dict | None = None) -> subprocess.CompletedProcess:
     """`subprocess.run` of [python, script, …] without the eight seconds that its imports take.
 
@@ -44,9 +47,9 @@ def run_here(command: list[str], env: dict | None = None) -> subprocess.Complete
 
 
 def kill_once(command: list[str], folder: Path, trace: str, env: dict | None = None) -> None:
-    """Start the command and kill it once a file `trace` with content is below the folder.
+    """Start the command and kill it once what `trace` names has content below the folder.
 
-    trace: a pattern of rglob. The command must still be running then.
+    trace: patterns of rglob. The command must still be running then.
     """
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -61,7 +64,10 @@ def kill_once(command: list[str], folder: Path, trace: str, env: dict | None = N
 
 def _is_there(folder: Path, trace: str) -> bool:
     try:
-        return any(p.is_dir() or p.stat().st_size for p in folder.rglob(trace))
+        return all(
+            any(p.is_dir() or p.stat().st_size for p in folder.rglob(pattern))
+            for pattern in trace.split()
+        )
     except FileNotFoundError:  # the command deleted an old checkpoint while this looked
         return False
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from processes import base_and_still, kill_once, only_run, run_here
+from processes import CHECKPOINT, base_and_still, kill_once, only_run, run_here
 from tiny_language_model import tiny_llama, tiny_tokenizer, with_llamas_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
-from oplora.harness.finetuning import BestWeights
+from oplora.harness.checkpoints import BestWeights
 from oplora.studies.commonsense.metrics import held_out_nll
 from oplora.studies.commonsense.packaged_items import TASKS
 from oplora.studies.commonsense.tasks import paper_sides
@@ -93,7 +93,7 @@ def test_paper_path_trains_scores_and_is_skipped_when_finished(setting, tmp_path
 @pytest.mark.parametrize("when", ["training", "scoring"])
 def test_killed_and_resumed_equals_undisturbed(setting, tmp_path, when):
     slower = ["training.num_train_epochs=6", "evaluate.batch_size=1"]
-    trace = "trainer_state.json" if when == "training" else "predictions.jsonl"
+    trace = CHECKPOINT if when == "training" else "predictions.jsonl"
     kill_once(command(setting, tmp_path / "killed", *slower), tmp_path / "killed", trace)
     assert not list(tmp_path.rglob("metrics.json"))
     results = []
@@ -101,6 +101,7 @@ def test_killed_and_resumed_equals_undisturbed(setting, tmp_path, when):
         done = run(setting, tmp_path / name, *slower)
         assert done.returncode == 0, done.stderr[-3000:]
         path, metrics = only_run(tmp_path / name)
+        assert ("resumed" in metrics) == (name == "killed")
         adapter = (path / "adapter" / "adapter_model.safetensors").read_bytes()
         rows = (path / "predictions.jsonl").read_text()
         keep = ("accuracy", "validation_nll", "validation_loss", "steps")

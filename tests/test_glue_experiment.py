@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import yaml
-from processes import base_and_still, kill_once, only_run, run_here
+from processes import CHECKPOINT, base_and_still, kill_once, only_run, run_here
 from safetensors.torch import load_file
 from tiny_roberta import save_encoder, save_glue
 
@@ -70,15 +70,14 @@ def test_paper_path_trains_scores_and_is_skipped_when_finished(
 
 def test_killed_and_resumed_equals_undisturbed(setting, tmp_path):
     slower = ["task.vera.epochs=15"]
-    kill_once(
-        command(setting, tmp_path / "killed", *slower), tmp_path / "killed", "trainer_state.json"
-    )
+    kill_once(command(setting, tmp_path / "killed", *slower), tmp_path / "killed", CHECKPOINT)
     assert not list(tmp_path.rglob("metrics.json"))
     results = []
     for name in ("killed", "calm"):
         done = run(setting, tmp_path / name, *slower)
         assert done.returncode == 0, done.stderr[-3000:]
         path, metrics = only_run(tmp_path / name)
+        assert ("resumed" in metrics) == (name == "killed")
         adapter = (path / "adapter" / "adapter_model.safetensors").read_bytes()
         keep = ("accuracy", "test_loss", "validation_loss", "steps")
         results.append(({k: metrics[k] for k in keep}, adapter))

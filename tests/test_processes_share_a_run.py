@@ -20,8 +20,8 @@ from test_sdxl_experiment import environment
 from test_sdxl_experiment import setting as image_setting  # noqa: F401 (a fixture)
 from transformers import TrainingArguments
 
+from oplora.harness.checkpoints import CheckpointingTrainer
 from oplora.harness.distributed import share_batch
-from oplora.trainer import OPTrainer
 
 BATCH = "training.per_device_train_batch_size=4"
 SHORT = ["training.num_train_epochs=1", "training.logging_steps=1"]
@@ -33,9 +33,10 @@ START = multiprocessing.get_context("forkserver")
 START.set_forkserver_preload(["oplora.harness.finetuning", "oplora.studies.sdxl.generation"])
 
 
-def killed(trainer, *arguments, save=OPTrainer._save_checkpoint, **options):
+def killed(trainer, *arguments, save=CheckpointingTrainer._save_checkpoint, **options):
     """Where a run is cut: after its first checkpoint."""
     save(trainer, *arguments, **options)
+    trainer.join()
     os._exit(9)
 
 
@@ -45,7 +46,8 @@ def worker(rank, port, command, is_cut, env, told):
         "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    with mock.patch.object(OPTrainer, "_save_checkpoint", killed) if is_cut else nullcontext():
+    cut = mock.patch.object(CheckpointingTrainer, "_save_checkpoint", killed)
+    with cut if is_cut else nullcontext():
         done = run_here(command, env)
     told.write_text(json.dumps([done.returncode, done.stdout, done.stderr[-2000:]]))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from processes import base_and_still, kill_once, only_run, run_here
+from processes import CHECKPOINT, base_and_still, kill_once, only_run, run_here
 from safetensors.torch import load_file
 from tiny_diffusion import naruto_folder, tiny_clip, tiny_pipeline, wikiart_folder
 
@@ -103,7 +103,7 @@ def test_the_base_model_has_the_loss_of_a_training_that_moves_nothing(setting, t
 def test_killed_and_resumed_equals_undisturbed(setting, tmp_path, when):
     slower = ["training.num_train_epochs=8"]
     slower += ["generate.batch_size=1", "generate.steps=60"] if when == "generating" else []
-    trace = "trainer_state.json" if when == "training" else "images/0*.png"
+    trace = CHECKPOINT if when == "training" else "images/0*.png"
     kill_once(
         command(setting, tmp_path / "killed", *slower),
         tmp_path / "killed",
@@ -114,6 +114,7 @@ def test_killed_and_resumed_equals_undisturbed(setting, tmp_path, when):
     results = []
     for name in ("killed", "calm"):
         path, metrics = run(setting, tmp_path / name, *slower)
+        assert ("resumed" in metrics) == (name == "killed")
         # not the file's bytes: safetensors writes its header in random order
         tensors = load_file(path / "adapter" / "pytorch_lora_weights.safetensors")
         weights = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}

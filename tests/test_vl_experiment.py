@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from processes import base_and_still, kill_once, only_run, run_here
+from processes import CHECKPOINT, base_and_still, kill_once, only_run, run_here
 from tiny_vl import CELLS, SIZE, tiny_bart, tiny_tokenizer, write_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,11 +83,12 @@ def test_full_fine_tuning(setting, tmp_path):
 
 @pytest.mark.parametrize("when", ["training", "scoring"])
 def test_killed_and_resumed_equals_undisturbed(setting, calm, tmp_path, when):
-    trace = "trainer_state.json" if when == "training" else "predictions.jsonl"
+    trace = CHECKPOINT if when == "training" else "predictions.jsonl"
     kill_once(command(setting, tmp_path, "method=opdora"), tmp_path, trace)
     assert not list(tmp_path.rglob("metrics.json"))
     done = run(setting, tmp_path, "method=opdora")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed" in only_run(tmp_path)[1]
     assert result(*only_run(tmp_path)) == result(*only_run(calm))
 
 

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from oplora.harness.assets import fetch
-from oplora.harness.finetuning import whole_checkpoint
+from oplora.harness.checkpoints import whole_checkpoint
 from oplora.studies.llava_cars.emoji_names import (
     TEST,
     TRAINED,

@@ -28,9 +28,9 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, set_seed
 
 from oplora.harness.assets import build_once
+from oplora.harness.checkpoints import whole_checkpoint
 from oplora.harness.emoji import ALIGNED, PICTURES, SIZE, STYLES, emoji
 from oplora.harness.entry import experiment
-from oplora.harness.finetuning import whole_checkpoint
 from oplora.harness.runs import open_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # base_models is not installed

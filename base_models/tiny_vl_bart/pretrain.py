@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 from oplora.harness.assets import fetch
-from oplora.harness.finetuning import whole_checkpoint
+from oplora.harness.checkpoints import whole_checkpoint
 from oplora.studies.vl_bart import easy_vqa
 from oplora.studies.vl_bart.batches import MultitaskBatches, VLCollator, VLItem
 from oplora.studies.vl_bart.metrics import evaluate

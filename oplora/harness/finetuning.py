@@ -4,7 +4,6 @@ import contextlib
 import functools
 import gc
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,15 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
+from oplora.harness.checkpoints import (
+    CHECKPOINTS,
+    BestWeights,
+    CheckpointingTrainer,
+    whole_checkpoint,
+)
 from oplora.harness.distributed import (
     Left,
     is_first,
@@ -39,9 +41,6 @@ from oplora.harness.hub import check_hub
 from oplora.harness.methods import OptimizerFactory
 from oplora.harness.runs import Run, peak_memory_bytes
 from oplora.peft import parameter_report
-from oplora.trainer import OPTrainer
-
-CHECKPOINTS = "checkpoints"  # the folder of a run that has them
 
 
 def fine_tuning(
@@ -124,7 +123,7 @@ def train(
     if keep_best and any(hasattr(callback, "links") for callback in create_optimizer.callbacks):
         raise ValueError("a chain's best weights would lack its later links: set keep_best=false")
     best = [BestWeights(model, folder / "best.safetensors")] if keep_best else []
-    trainer = OPTrainer(
+    trainer = CheckpointingTrainer(
         model,
         arguments,
         optimizer_factory=create_optimizer,
@@ -139,7 +138,10 @@ def train(
     wait_for_all()
     checkpoint = whole_checkpoint(folder)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            trainer.join()
         _check_finite(trainer.state.log_history)
     except FloatingPointError as error:
         finish(run, {"diverged": str(error), "steps": trainer.state.global_step})
@@ -198,36 +200,6 @@ def training_arguments(training: DictConfig, folder: Path) -> TrainingArguments:
     return arguments
 
 
-class BestWeights(TrainerCallback):
-    """Keeps what is trained as it was at the lowest validation loss so far, in one small file.
-
-    Trainer's load_best_model_at_end would write the optimizer's state as often as it evaluates.
-    """
-
-    def __init__(self, model: nn.Module, path: Path):
-        self.model, self.path, self.loss, self.step = model, path, math.inf, 0
-        if path.exists():  # a run that was cut
-            with safe_open(path, "pt") as file:
-                self.loss, self.step = (
-                    kind(file.metadata()[k]) for k, kind in (("eval_loss", float), ("step", int))
-                )
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if not state.is_world_process_zero or not metrics["eval_loss"] < self.loss:
-            return
-        self.loss, self.step = metrics["eval_loss"], state.global_step
-        trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-        metadata = {"eval_loss": repr(self.loss), "step": str(self.step)}
-        self.path.parent.mkdir(exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        save_file(trained, partial, metadata)
-        os.replace(partial, self.path)
-
-    def load(self) -> None:
-        if self.path.exists():
-            self.model.load_state_dict(load_file(self.path), strict=False)
-
-
 def first_batches(rows: Sequence, collator: Callable, training: DictConfig) -> Iterator[dict]:
     """Batches of the training's size for methods that initialise from data, in a fixed order.
 
@@ -258,12 +230,3 @@ def finish(run: Run, metrics: dict[str, Any]) -> None:
     """Write the metrics, then remove the checkpoints: until then the run can be resumed."""
     run.finish(metrics)
     shutil.rmtree(run.path / CHECKPOINTS, ignore_errors=True)
-
-
-def whole_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; a torn one is deleted."""
-    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
-        if Path(last, "trainer_state.json").exists():  # Trainer writes it last
-            return last
-        shutil.rmtree(last)
-    return None
