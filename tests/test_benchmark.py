@@ -1,9 +1,9 @@
 """The benchmark's subjects compute what their names say; its files and their tables."""
 
 import importlib.util
-import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,35 +144,30 @@ def test_aims_are_judged_by_their_numbers():
     assert [row.cells["verdict"] for row in rows] == verdicts
 
 
-def test_every_order_of_a_layer_is_pefts_layer():
-    peft, ordered = orders.layer(3, 7, 10, 6)
-    expected = peft()
-    assert all(t.abs().max() > 1e-3 for t in expected)
-    for order in itertools.product(orders.FORWARD, orders.BACKWARD):
-        for a, b in zip(ordered(order), expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=str(order))
-
-
 def test_runloras_table_has_every_layer_and_the_sum(monkeypatch, results):
     monkeypatch.setattr(orders, "LAYERS", {"a": (2, 3, 4, [(2, 8, 8), (1, 8, 4)])})
-    layer, now = orders.layer, [0.0]  # a clock that the calls move
+    calls_of, now = orders.calls_of, [0.0]  # a clock that the calls move
 
     def slow(*sizes):
-        peft, ordered = layer(*sizes)
-        takes = {"peft": 1.3, ("merged", ("rank", "full")): 1.0}
-        move = lambda key: now.__setitem__(0, now[0] + takes.get(key, 2.0))  # noqa: E731
-        return lambda: (move("peft"), peft()), lambda order: (move(order), ordered(order))
+        def taking(duration, call):
+            now[0] += duration
+            return call()
+
+        return [partial(taking, *each) for each in zip((1.3, 1.0), calls_of(*sizes), strict=True)]
 
     def seconds(call):
         start = now[0]
         call()
         return now[0] - start
 
-    monkeypatch.setattr(orders, "layer", slow)
+    monkeypatch.setattr(orders, "calls_of", slow)
     monkeypatch.setattr(orders, "seconds", seconds)
-    monkeypatch.setattr(orders, "FORWARD", ("merged",))
     found = orders.runlora()
-    assert found["models"][0]["layers"][0]["order"]["dA, dB"] == "full"
+    assert found["models"][0]["layers"][0]["order"] == {
+        "y": "merged",
+        "dx": "merged",
+        "dA, dB": "rank",
+    }
     assert found["models"][0]["peft_over_runlora"]["median"] == pytest.approx(1.3)
     table = benchmarks.orders(found)
     assert len(table.frame) == 3 and "23%" in table.caption

@@ -1,4 +1,4 @@
-"""LoRA-Muon, AltLoRA, LoRA-One and CoRA against their formulae, in float64."""
+"""LoRA-Muon, AltLoRA, LoFT, LoRA-One and CoRA against their formulae, in float64."""
 
 import math
 
@@ -8,6 +8,7 @@ from test_baselines import SCALINGS, SIZES, factors, gradients, groups_of, set_g
 from test_relatives import loss_of, tiny
 
 from oplora.baselines.altlora import AltLoRA
+from oplora.baselines.loft import LoFT
 from oplora.baselines.lora_muon import LoRAMuon
 from oplora.baselines.starts import common_basis, lora_one
 
@@ -60,8 +61,47 @@ class ReferenceAlt:
         return self.A, self.B
 
 
+class ReferenceLoFT:
+    """Row by row: a factor's row, of B or of A^T, has a moment in terms of the other factor."""
+
+    def __init__(self, A, B, s, lr, wd):
+        self.F, self.s, self.lr, self.wd, self.t = [A.T, B], s, lr, wd, 0
+        r = len(A)
+        self.m = [[torch.zeros(r).double() for _ in F] for F in self.F]
+        self.P = [[torch.zeros(r, r).double() for _ in F] for F in self.F]
+        self.old = [F * 0 for F in self.F]
+
+    def step(self, gA, gB):
+        self.t += 1
+        moved, r = self.t % 2, len(gA)
+        new = self.F[moved].clone()
+        for i, g in enumerate((gA.T, gB)):
+            other, old = self.F[1 - i], self.old[1 - i]
+            inverse = (other.T @ other + (1e-6, 1e-8)[i] * torch.eye(r).double()).inverse()
+            R = old.T @ other @ inverse
+            for row in range(len(g)):
+                v = g[row] @ inverse / self.s
+                self.m[i][row] = 0.9 * self.m[i][row] @ R + 0.1 * v
+                self.P[i][row] = 0.999 * R.T @ self.P[i][row] @ R + 0.001 * torch.outer(v, v)
+                if i != moved:
+                    continue
+                first = other @ self.m[i][row] / (1 - 0.9**self.t)
+                second = torch.stack([o @ self.P[i][row] @ o for o in other])
+                U = first / ((second.clamp(min=0) / (1 - 0.999**self.t)).sqrt() + 1e-8)
+                decayed = (1 - self.lr * self.wd) * new[row]
+                new[row] = decayed - self.lr / self.s * (U @ other @ inverse)
+        self.old = [F.clone() for F in self.F]
+        self.F[moved] = new
+
+    def pair(self):
+        return self.F[0].T, self.F[1]
+
+
 @pytest.mark.parametrize("zero_B", [True, False])
-@pytest.mark.parametrize("cls, reference", [(LoRAMuon, ReferenceMuon), (AltLoRA, ReferenceAlt)])
+@pytest.mark.parametrize(
+    "cls, reference",
+    [(LoRAMuon, ReferenceMuon), (AltLoRA, ReferenceAlt), (LoFT, ReferenceLoFT)],
+)
 def test_lockstep_with_the_formulae(cls, reference, zero_B):
     params, lr, wd = factors(zero_B=zero_B), 2e-2, 0.1
     optimizer = cls(groups_of(params), lr=lr, weight_decay=wd)
@@ -90,6 +130,21 @@ def test_a_step_of_lora_muon_has_the_rate_s_spectral_norm():
     for moved in (B @ dA, dB @ A):
         spectrum = torch.linalg.svdvals(SCALINGS[0] * moved)[:4]
         torch.testing.assert_close(spectrum, torch.full_like(spectrum, 0.005), rtol=1e-8, atol=0)
+
+
+def test_loft_of_full_rank_is_adamw_of_the_weights():
+    torch.manual_seed(0)
+    A, B, target = (torch.eye(4).double() + 0.3 * torch.randn(4, 4).double() for _ in range(3))
+    s, W = 2.0, torch.nn.Parameter(2.0 * B @ A)
+    A, B = torch.nn.Parameter(A), torch.nn.Parameter(B)
+    loft = LoFT([{"params": [A, B], "scaling": s}], lr=0.03, reg=(0, 0))
+    adamw = torch.optim.AdamW([W], lr=0.03, weight_decay=0)
+    for _ in range(30):
+        for optimizer, weight in ((loft, s * B @ A), (adamw, W)):
+            optimizer.zero_grad()
+            ((weight - target) ** 2 * target.abs()).sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(s * B @ A, W, rtol=0, atol=1e-9)
 
 
 def test_lora_one_is_a_step_down_the_gradient():

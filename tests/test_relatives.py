@@ -20,15 +20,16 @@ from oplora.baselines.nola import load_seeded, save_seeded
 from oplora.baselines.products import factors_of, joined
 from oplora.baselines.scaled import create_op_scaled_optimizer
 from oplora.generators import create_generator_optimizer
+from oplora.harness.checkpoints import CheckpointingTrainer
 from oplora.harness.methods import apply_method
 from oplora.mlp import AdapterMLP, generator_for
-from oplora.trainer import OPTrainer
 
 FAMILY = FAMILIES["decoder"]
 STEPS, SAVED, CUT = 10, 4, 6  # of a training: all, between checkpoints, where it is cut
 NEW = ["oplora_scalar", "oplora_rescaled", "deeplora", "hyperloader", "reslora", "lora_large",
        "lora_ga", "eva", "op_scaled", "nola", "cola", "opcola", "relora", "xgblora",
-       "lora_muon", "altlora", "lora_one", "cora", "rosa", "adalora"]  # fmt: skip
+       "lora_muon", "altlora", "loft", "lora_one", "cora", "rosa", "adalora",
+       "runlora"]  # fmt: skip
 # What a training of ten steps needs; not of one file alone: rosa's sparse part (test_rosa.py).
 OPTIONS = {"rosa": {"method.create_optimizer.warmup_steps": "2"}}
 EXPORTED = [name for name in NEW if name != "rosa"]
@@ -311,20 +312,20 @@ def fit(name, folder, cut=False):
     options = {"lr": "0.01", **OPTIONS.get(name, {})}
     model, create_optimizer = apply_method(FAMILY.build(), method(name, FAMILY, **options), batches)
     run = SimpleNamespace(path=folder, finish=None)
-    make, trainer = finetuning.OPTrainer, OPTrainer
+    make = trainer = CheckpointingTrainer
     if cut:
 
-        class trainer(OPTrainer):
+        class trainer(CheckpointingTrainer):
             def training_step(self, *args, **kwargs):
                 if self.state.global_step == CUT:
                     raise KeyboardInterrupt
                 return super().training_step(*args, **kwargs)
 
-    finetuning.OPTrainer = trainer
+    finetuning.CheckpointingTrainer = trainer
     try:
         metrics = finetuning.train(model, create_optimizer, cfg, run, train_dataset=rows)
     finally:
-        finetuning.OPTrainer = make
+        finetuning.CheckpointingTrainer = make
     with torch.no_grad():
         return FAMILY.output(model.eval()), metrics
 

@@ -31,6 +31,7 @@ from oplora.baselines.products import (
     negative,
     save_plain_lora,
 )
+from oplora.baselines.runlora import use_runlora
 from oplora.baselines.starts import common_basis, lora_one
 from oplora.peft import adapter_blocks, create_plain_optimizer
 
@@ -184,6 +185,11 @@ def add_lora_one(model: nn.Module, adapter: PeftConfig, data: Data, batches: int
     model = add_adapter(model, adapter)
     lora_one(model, gamma)
     return model
+
+
+def add_runlora(model: nn.Module, adapter: PeftConfig, data: Data | None = None):
+    """LoRA whose layers take their products in the cheapest order (`use_runlora`)."""
+    return use_runlora(add_adapter(model, adapter))
 
 
 def add_cora(model: nn.Module, adapter: PeftConfig, data: Data | None = None):

@@ -168,7 +168,7 @@ def linear_cost(sweep: dict) -> Table:
 
 
 def orders(found: dict) -> Table:
-    """PEFT's LoRA layer against RunLoRA's best order of products, and a transformer layer's sum."""
+    """PEFT's LoRA layer against RunLoRA's cheapest order, and a transformer layer's sum."""
     rows, told = [], []
     for model in found["models"]:
         for layer in model["layers"]:
@@ -176,7 +176,7 @@ def orders(found: dict) -> Table:
             cells = {
                 "model": model["model"],
                 "layer": f"{layer['d_in']} → {layer['d_out']}",
-                "fastest order": order,
+                "order": order,
                 "PEFT's over RunLoRA's": _range(layer["peft_over_runlora"], 2),
             }
             rows.append(Row(cells))
@@ -189,8 +189,9 @@ def orders(found: dict) -> Table:
         )
     caption = (
         "RunLoRA's orders of the products in a LoRA layer, forward and backward in float32: "
-        f"medians with the range of {found['rounds']} rounds in turn with PEFT's layer. The best "
-        f"saves {' and '.join(told)}. rank: through A and B; merged, full: W + s B A, dW is formed."
+        f"medians with the range of {found['rounds']} rounds in turn with PEFT's layer. That of "
+        f"the fewest multiplications saves {' and '.join(told)}. rank: through A and B; "
+        "merged, full: W + s B A, dW is formed."
     )
     return Table("benchmark_runlora", caption, rows)
 
