@@ -60,7 +60,8 @@ def fill_texts(report: Report, paths: Iterable[Path]) -> None:
             texts[part.name] = markdown_table(part.compact)
         elif isinstance(part, Statement):
             texts[part.name] = part.text
-    texts |= {"commands": commands(), "files": files(), "paper_scale": paper_scale()}
+    texts |= {"commands": commands(), "files": files()}
+    texts |= {"paper_scale": paper_scale(False), "paper_scale_methods": paper_scale(True)}
     for path in paths:
         write_atomically(path, fill(path.read_text(encoding="utf-8"), texts))
 
@@ -79,26 +80,34 @@ def commands() -> str:
     )
 
 
-def paper_scale() -> str:
-    """What the paper presets need, from scripts/expected_costs.py: a row per experiment."""
+def paper_scale(whole: bool) -> str:
+    """What the paper presets need, from scripts/expected_costs.py: a row per experiment.
+
+    whole: of every method; else the most that any of them needs.
+    """
     path = ROOT / "results" / "benchmarks" / "paper_scale.json"
     by_title: dict[str, list[dict]] = {}
     for row in json.loads(path.read_text(encoding="utf-8")):
         by_title.setdefault(row["title"], []).append(row)
 
-    def each(rows: list[dict], key: str, unit: float, digits: int) -> str:
-        return " / ".join(f"{row[key] / unit:.{digits}f}" for row in rows)
+    def each(rows: list[dict], key: str, unit: float, digits: int = 0) -> str:
+        numbers = [row[key] / unit for row in rows]
+        return " / ".join(f"{n:.{digits}f}" for n in (numbers if whole else [max(numbers)]))
+
+    def hours(rows: list[dict], key: str) -> str:
+        short = max(row[key] for row in rows) < 3600
+        return f"{each(rows, key, 60)} min" if short else f"{each(rows, key, 3600, 1)} h"
 
     table = [
         {
             "experiment": name,
-            "methods": " / ".join(title(row["method"]) for row in rows),
-            "GPU memory, GB": each(rows, "memory_bytes", 1e9, 0),
-            "training, h": each(rows, "training_seconds", 3600, 1),
-            "evaluation, h": each(rows[:1], "evaluation_seconds", 3600, 1),
-            "disk, GB": each(rows, "disk_bytes", 1e9, 0),
-            "assumed of an H100": f"{rows[0]['utilisation']:.0%} of {rows[0]['peak_tflops']} "
-            "TFLOP/s",
+            **({"methods": " / ".join(title(row["method"]) for row in rows)} if whole else {}),
+            "GPU memory, GB": each(rows, "memory_bytes", 1e9),
+            "training": hours(rows, "training_seconds"),
+            "evaluation": hours(rows[:1], "evaluation_seconds"),
+            "disk, GB": each(rows, "disk_bytes", 1e9),
+            "assumed of an H100, TFLOP/s": f"{rows[0]['utilisation']:.0%} of "
+            f"{rows[0]['peak_tflops']}",
         }
         for name, rows in by_title.items()
     ]
