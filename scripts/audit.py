@@ -27,6 +27,7 @@ SCORES = {  # experiment → column of its table of results: metric, factor, dig
     "vl_bart": {"average without captions": ("average_without_captions", 100, 1, True)},
     "llava_cars": {"top-1": ("accuracy", 100, 1, True)},
     "glue": {"score": ("score", 100, 1, True), "test loss": ("test_loss", 1, 3, False)},
+    "subjects": {"EfficientNet": ("efficientnet", 1, 3, True)},
     "sdxl": {"mmd_efficientnet": ("images.mmd_efficientnet", 1, 2, False)},
 }
 KEYS = ["experiment", "preset", "variant"]
@@ -78,6 +79,8 @@ def read(runs: Path) -> pandas.DataFrame:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     rows = []
     for path in sorted(runs.rglob("metrics.json")):
+        if not (path.parent / "config.yaml").exists():
+            continue  # of a part of a run
         metrics = json.loads(path.read_text(encoding="utf-8"))
         config = yaml.load((path.parent / "config.yaml").read_text(encoding="utf-8"), loader)
         experiment, curve = config["experiment"], metrics.get("validation_loss")

@@ -19,6 +19,7 @@ TABLES = {  # their methods, and options of the largest runs
     "commonsense": (METHODS[:4], []),
     "vl_bart": (METHODS, []),
     "llava_cars": (METHODS[:2], ["rank=64"]),
+    "subjects": (METHODS[:4], []),
     "glue": (("vera", "opvera", *METHODS[:2]), ["task=qnli"]),
 }
 

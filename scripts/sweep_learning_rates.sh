@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Learning rates of methods on the validation loss, over the grids of configs/grids.yaml.
 # Usage: scripts/sweep_learning_rates.sh EXPERIMENT [method=lora,oplora,…] [HYDRA OVERRIDES]
-# EXPERIMENT: commonsense, vl_bart, sdxl, llava_cars, glue (all tasks, or task=…)
+# EXPERIMENT: commonsense, vl_bart, sdxl, llava_cars, subjects, glue (all tasks, or task=…)
 source "$(dirname "$0")/multirun.sh"
-experiment=${1:?commonsense, vl_bart, sdxl, llava_cars or glue}
+experiment=${1:?commonsense, vl_bart, sdxl, llava_cars, glue or subjects}
 shift
 train_only=score_test=false
-[ "$experiment" != sdxl ] || train_only=measure=false
+[[ $experiment != sdxl && $experiment != subjects ]] || train_only=measure=false
 sort_arguments "$@"
 [ ${#rates[@]} -eq 0 ] || { echo "error: ${rates[*]}: give methods as method=lora,oplora" >&2; exit 2; }
 kept=()

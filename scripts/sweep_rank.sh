@@ -2,11 +2,11 @@
 # The adapter's rank, at the learning rates chosen for the usual one; alpha keeps its proportion.
 # Usage: RANKS="2 4" scripts/sweep_rank.sh EXPERIMENT METHOD=RATE… [HYDRA OVERRIDES]
 source "$(dirname "$0")/multirun.sh"
-experiment=${1:?commonsense, vl_bart, sdxl, llava_cars or glue}
+experiment=${1:?commonsense, vl_bart, sdxl, llava_cars, glue or subjects}
 shift
 alpha_per_rank=
 case $experiment in
-  sdxl) ranks="1 2 4 8" alpha_per_rank=1 ;;
+  sdxl | subjects) ranks="1 2 4 8" alpha_per_rank=1 ;;
   vl_bart) ranks="2 4 8 16" alpha_per_rank=1 ;;
   commonsense) ranks="2 4 8 16" alpha_per_rank=2 ;;
   glue) ranks="2 4 8 16" alpha_per_rank=1 ;;
@@ -16,7 +16,7 @@ esac
 sort_arguments "$@"
 if [ "${overrides[0]}" = preset=paper ]; then # the paper's own, and half of it
   case $experiment in
-    sdxl) ranks="2 4" ;;
+    sdxl | subjects) ranks="2 4" ;;
     vl_bart) ranks="64 128" ;;
     commonsense) ranks="16 32" ;;
     llava_cars) ranks="16 64" ;;

@@ -9,6 +9,7 @@ import test_commonsense_experiment as commonsense
 import test_glue_experiment as glue
 import test_llava_cars as llava_cars
 import test_sdxl_experiment as sdxl
+import test_subjects as subjects
 import test_vl_experiment as vl_bart
 from processes import run_here
 
@@ -28,6 +29,11 @@ REHEARSED = {
         sdxl,
         [*BOTH, "pissa", "full"],
         ["training.bf16=true", "pipeline.dtype.path=torch.bfloat16", "images.steps=[]"],
+    ),
+    "subjects": (
+        subjects,
+        ["lora", "oplora"],
+        ["training.bf16=true", "pipeline.dtype.path=torch.bfloat16"],
     ),
     "vl_bart": (vl_bart, [*BOTH, "full"], []),
     "llava_cars": (llava_cars, ["lora", "oplora", "full"], ["model.dtype=bfloat16"]),
@@ -55,11 +61,10 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", REHEARSED)
 def test_every_method_finishes_in_the_presets_precision(runs, name):
     found = {}
-    for path in (runs / name / "paper").rglob("metrics.json"):
-        config = (path.parent / "config.yaml").read_text()
-        half = name in ("commonsense", "sdxl", "glue")
-        assert ("bf16: true" in config) == half
-        found[path.parent.name] = json.loads(path.read_text())
+    for path in (runs / name / "paper").rglob("config.yaml"):
+        half = name in ("commonsense", "sdxl", "subjects", "glue")
+        assert ("bf16: true" in path.read_text()) == half
+        found[path.parent.name] = json.loads((path.parent / "metrics.json").read_text())
     methods = REHEARSED[name][1]
     assert len(found) == len(methods) + (name == "sdxl")
     for method in methods:

@@ -60,6 +60,12 @@ class Run:
                         parent.rmdir()
         self._lock.release()
 
+    def part(self, name: str) -> "Run":
+        """A run within this one, in a folder of its own, under the same lock."""
+        path = self.path / name
+        path.mkdir(parents=True, exist_ok=True)
+        return Run(path, (path / "metrics.json").exists(), self._lock)
+
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json; numbers that do not exist are None, never NaN or a sentinel."""
         if self._lock is None:

@@ -136,7 +136,6 @@ GENERAL = (  # judged wherever there are runs
     Thesis("LoRA+ is better than LoRA", "LoRA+", rules.better, ("loraplus", "lora")),
     Thesis("LoRA+ converges faster than LoRA", "LoRA+", rules.faster, ("loraplus", "lora")),
 )  # fmt: skip
-WITHOUT_EXPERIMENT = ("DreamBench: DINO 0.69",)  # of v2
 
 
 def of_experiment(
@@ -155,15 +154,11 @@ def of_experiment(
 
 def general(comparisons: Sequence[Comparison], experiment: str) -> list[Claim]:
     """The claims about all experiments; those without any run can be judged by `experiment`."""
-    found = [
+    return [
         claim
         for thesis in GENERAL
         for claim in thesis.claims(comparisons)
         or [thesis.waiting(Scope("any"), experiment, "small")]
-    ]
-    nowhere = Finding(NOT_RUN, "no experiment of it here")
-    return found + [
-        Claim.of(nowhere, text=text, section="v2", scope=Scope("—")) for text in WITHOUT_EXPERIMENT
     ]
 
 

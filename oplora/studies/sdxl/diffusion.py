@@ -75,6 +75,18 @@ def encode(
     return encoded.with_format("torch")
 
 
+@torch.no_grad()
+def encode_prompts(prompts: list[str], pipeline: StableDiffusionXLPipeline) -> Dataset:
+    """The columns of `encode` that drawing needs: prompt_embeds and pooled_prompt_embeds."""
+    prompt, _, pooled, _ = pipeline.encode_prompt(
+        prompts, device=pipeline.vae.device, do_classifier_free_guidance=False
+    )
+    columns = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
+    columns = {name: column.float().cpu().numpy() for name, column in columns.items()}
+    features = Features({name: _feature(rows[0]) for name, rows in columns.items()})
+    return Dataset.from_dict(columns, features=features).with_format("torch")
+
+
 def crop(
     image: Image.Image, resolution: int, seed: tuple[int, int] | None = None
 ) -> tuple[Image.Image, list[int]]:
