@@ -36,6 +36,7 @@ def main(cfg: DictConfig, run: Run) -> None:
             cfg.training,
             run,
             keep_best=bool(cfg.keep_best),
+            diagnostics=cfg.diagnostics,
             train_dataset=encoded["train"],
             **held_out,
         )

@@ -40,6 +40,7 @@ def main(cfg: DictConfig, run: Run) -> None:
             cfg.training,
             run,
             keep_best=cfg.keep_best,
+            diagnostics=cfg.diagnostics,
             train_dataset=encoded["train"],
             **held_out,
         )

@@ -43,6 +43,7 @@ def main(cfg: DictConfig, run: Run) -> None:
             create_optimizer,
             cfg.training,
             run,
+            diagnostics=cfg.diagnostics,
             train_dataset=pictures["train"],
             **held_out,
         )

@@ -94,6 +94,7 @@ def fine_tune(
         create_optimizer,
         cfg.training,
         run,
+        diagnostics=cfg.diagnostics,
         train_dataset=data,
         eval_dataset=validation,
         callbacks=[Snapshots(steps, partial(images.snapshot, count=cfg.images.at_steps))],

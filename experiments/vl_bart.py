@@ -60,6 +60,7 @@ def main(cfg: DictConfig, run: Run) -> None:
             create_optimizer,
             cfg.training,
             run,
+            diagnostics=cfg.diagnostics,
             train_dataset=rows,
             callbacks=[epochs],
             **held_out,

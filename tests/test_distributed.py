@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import oplora
+from oplora.diagnostics import diagnose
 
 WORLD, STEPS, MICRO = 2, 20, 2
 RANKS = (3, 1)  # of LoRA: with 1, one process holds no value of A
@@ -58,7 +59,10 @@ def prepare(wrap, net, clip):
 
 
 def run(wrap, lora_rank, clip, process=None):
-    """All parameters after training; the same 8 rows a step however many processes share them."""
+    """All parameters after training; the same 8 rows a step however many processes share them.
+
+    And the diagnosis before the last step.
+    """
     net = model(lora_rank)
     call, optimizer = prepare(wrap, net, clip)
     generator = torch.Generator().manual_seed(1)
@@ -67,15 +71,17 @@ def run(wrap, lora_rank, clip, process=None):
         x = torch.randn(MICRO, 4, 7, generator=generator, dtype=torch.float64)
         for part in x if process is None else x[:, process::WORLD]:
             (call(part).square().mean() / MICRO).backward()
+        told = [list(block.values())[1:] for block in diagnose(optimizer)]
         optimizer.step()
     if wrap in ("fsdp2", "prepared"):
         assert all(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
         stacks = getattr(optimizer, "stacks", [])  # the scale has none
         assert all(isinstance(t, DTensor) for stack in stacks for t in stack.tensors.flat)
-    return {
+    values = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
         for name, p in net.named_parameters()
     }
+    return values | {"diagnosis": torch.tensor(told, dtype=torch.float64)}
 
 
 def worker(process, folder):

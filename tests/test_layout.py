@@ -22,6 +22,7 @@ LIBRARY = [
     "optimizer",
     "adamw",
     "scale",
+    "diagnostics",
     "peft",
     "generators",
     "trainer",

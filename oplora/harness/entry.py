@@ -27,7 +27,7 @@ NUMBERS = {  # options that are numbers: (whole ones alone?, the least)
     "weight_decay": (False, 0),
     "runtime.threads": (True, 1),
 }
-FLAGS = ("dry_run", "fine_tune", "measure", "score_test")
+FLAGS = ("diagnostics", "dry_run", "fine_tune", "measure", "score_test")
 USER_ERRORS = (
     HydraException,
     OmegaConfBaseException,

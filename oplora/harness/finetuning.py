@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from oplora.diagnostics import Diagnostics
 from oplora.harness.checkpoints import (
     CHECKPOINTS,
     BestWeights,
@@ -39,7 +40,7 @@ from oplora.harness.dry_run import describe, expected
 from oplora.harness.entry import experiment
 from oplora.harness.hub import check_hub
 from oplora.harness.methods import OptimizerFactory
-from oplora.harness.runs import Run, peak_memory_bytes
+from oplora.harness.runs import DIAGNOSTICS, Run, peak_memory_bytes
 from oplora.peft import parameter_report
 
 
@@ -105,14 +106,16 @@ def train(
     run: Run,
     *,
     keep_best: bool = False,
+    diagnostics: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     **trainer_options: Any,
 ) -> dict[str, Any]:
     """Train with HF Trainer, from the last whole checkpoint of this run if there is one.
 
     training: the config of TrainingArguments, without output_dir. keep_best: end with the weights
-    of the lowest validation loss. Returns the run's figures; an adapter is saved in the run's
-    folder as stock PEFT would. Checkpoints stay until `finish`.
+    of the lowest validation loss. diagnostics: write `oplora.diagnostics` into the run's folder.
+    Returns the run's figures; an adapter is saved in the run's folder as stock PEFT would.
+    Checkpoints stay until `finish`.
     A run that diverges is a result: it is finished as such, then FloatingPointError is raised.
     Of several processes (`oplora.harness.distributed`) only the first one returns.
     """
@@ -123,11 +126,12 @@ def train(
     if keep_best and any(hasattr(callback, "links") for callback in create_optimizer.callbacks):
         raise ValueError("a chain's best weights would lack its later links: set keep_best=false")
     best = [BestWeights(model, folder / "best.safetensors")] if keep_best else []
+    looking_on = [Diagnostics(run.path / DIAGNOSTICS)] if diagnostics else []
     trainer = CheckpointingTrainer(
         model,
         arguments,
         optimizer_factory=create_optimizer,
-        callbacks=[*callbacks, *create_optimizer.callbacks, *best],
+        callbacks=[*callbacks, *create_optimizer.callbacks, *best, *looking_on],
         **trainer_options,
     )
     if process_count() > 1:

@@ -27,7 +27,9 @@ from filelock import FileLock, Timeout
 
 # of a method: how it is shown and swept
 PRESENTATION = ("title", "role", "mlp", "family", "grid", "order")
-NOT_COMPUTED = ("runtime", "title", "estimate", "licences")  # of a config: how, and what it is
+# of a config: how, and what it is
+NOT_COMPUTED = ("runtime", "title", "estimate", "licences", "diagnostics")
+DIAGNOSTICS = "diagnostics.jsonl"  # in the folder of a run that has them
 _PACKAGES = ("oplora", "torch", "transformers", "diffusers", "peft", "accelerate", "datasets")
 
 
@@ -78,9 +80,10 @@ class Run:
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that says what is computed.
 
-    Left out are `runtime` (where and how to run), titles, licences and a method's presentation,
-    what a dry run estimates from, options that are null (a new option does not make earlier runs
-    other ones), and of dotted names of our own code all but the last part (code may move).
+    Left out are `runtime` (where and how to run), `diagnostics`, which only look on, titles,
+    licences and a method's presentation, what a dry run estimates from, options that are null (a
+    new option does not make earlier runs other ones), and of dotted names of our own code all but
+    the last part (code may move).
     """
     config = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
     if isinstance(method := config.get("method"), dict):

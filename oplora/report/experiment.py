@@ -14,6 +14,7 @@ from oplora.report import across, tables
 from oplora.report.against import Measured, measured
 from oplora.report.claims import Claim, Thesis, of_experiment
 from oplora.report.comparison import Comparison, one_per_scale, usual
+from oplora.report.diagnostics import diagnosed
 from oplora.report.figures import Curves, over_training, rate_parts
 from oplora.report.front import Gain, gains_of
 from oplora.report.metrics import Column, Score
@@ -136,6 +137,7 @@ class FineTuning:
         experiment = self.experiment
         paper = tables.cited_table(f"{experiment.name}_paper", experiment.paper)
         parts = experiment.body(self) if experiment.body else self._parts()
+        parts += diagnosed(self.comparisons)
         return Section(experiment.title, [*experiment.intro, paper, *parts])
 
     def _parts(self) -> list[Part]:
