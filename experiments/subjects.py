@@ -2,8 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
-from statistics import fmean
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -27,8 +25,7 @@ from oplora.studies.sdxl.diffusion import (
     held_out,
 )
 from oplora.studies.sdxl.generation import generate, merge, strip
-from oplora.studies.sdxl.images import side_metrics
-from oplora.studies.subjects.fidelity import Fidelity, between, within
+from oplora.studies.subjects.fidelity import Fidelity, over_subjects, score
 from oplora.studies.subjects.subjects import Subject
 
 
@@ -108,60 +105,10 @@ def fine_tune(
     cast_training_params(unet)  # the adapter in float32 on a half-precision base
     initial = adapter_state(unet)
     loss = DenoisingLoss(unet, scheduler)
-    datasets = dict(train_dataset=data, eval_dataset=validation)
-    metrics = train(loss, create_optimizer, cfg.training, run, **datasets)
+    options = dict(train_dataset=data, eval_dataset=validation, diagnostics=cfg.diagnostics)
+    metrics = train(loss, create_optimizer, cfg.training, run, **options)
     export(unet, run.path / "adapter", initial, create_optimizer.factors(unet))
     return metrics
-
-
-def score(
-    subject: Subject, drawn: list, fidelity: Fidelity, real: dict, texts: dict, yardsticks: bool
-) -> dict:
-    """Subject fidelity and, where there are metrics for it, that to the prompts' texts.
-
-    yardsticks: also the real pictures among themselves, and those of the other subjects.
-    """
-    mine = real[subject.name]
-    captions = [subject.descriptions[n % len(subject.descriptions)] for n in range(len(drawn))]
-    scores = between(fidelity.features(drawn), mine) | side_metrics(drawn, [], captions, texts)
-    if yardsticks:
-        others = [between(theirs, mine) for name, theirs in real.items() if name != subject.name]
-        scores["yardsticks"] = {"same": within(mine)}
-        if others:
-            scores["yardsticks"]["others"] = mean_of(others)
-    return scores
-
-
-def over_subjects(done: dict[str, dict]) -> dict:
-    """Means of scores and of curves over the subjects, sums of times; each subject's own scores."""
-    every = list(done.values())
-    curves = {
-        name: [[step, fmean(m[name][n][1] for m in every)] for n, (step, _) in enumerate(curve)]
-        for name, curve in every[0].items()
-        if name in ("validation_loss", "train_loss")
-    }
-    folds: dict[str, Callable] = {"train_seconds": sum, "evaluate_seconds": sum}
-    sizes = ("steps", "adapter_parameters", "mlp_parameters", "trained_parameters")
-    folds |= dict.fromkeys((*sizes, "peak_memory_bytes"), max)
-    there = [name for name in folds if name in every[0]]
-    folded = {name: folds[name](m[name] for m in every) for name in there}
-    scores = {
-        subject: {n: v for n, v in m.items() if n not in folds and n not in curves}
-        for subject, m in done.items()
-    }
-    return folded | curves | mean_of(list(scores.values())) | {"subjects": scores}
-
-
-def mean_of(scores: list[dict]) -> dict:
-    """The mean of numbers that all have, level by level."""
-    found = {}
-    for name, value in scores[0].items():
-        values = [each[name] for each in scores if name in each]
-        if isinstance(value, dict):
-            found[name] = mean_of(values)
-        elif isinstance(value, float):
-            found[name] = fmean(values)
-    return found
 
 
 if __name__ == "__main__":
