@@ -24,7 +24,8 @@ from oplora.report.style import style
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
-    "matrix_factorization", "rotated_mnist", "sdxl", "subjects", "vl_bart", "llava_cars", "commonsense", "glue"
+    "matrix_factorization", "rotated_mnist", "sdxl", "subjects", "vl_bart", "llava_cars",
+    "commonsense", "glue",
 }  # fmt: skip
 
 
