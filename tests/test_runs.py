@@ -164,3 +164,15 @@ def test_duplicates_count_once_and_dirty_runs_are_named(tmp_path):
 def test_neither_runs_nor_report_import_torch():
     code = "import sys, oplora.harness.runs, oplora.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("trace", [None, "checkpoints", "checkpoints/a.pt"])
+def test_a_run_that_fails_before_it_wrote_anything_leaves_no_folder(tmp_path, trace):
+    with pytest.raises(ValueError), runs.open_run(config(tmp_path)) as run:
+        if trace == "checkpoints":
+            (run.path / trace).mkdir()
+        elif trace:
+            (run.path / trace).parent.mkdir()
+            (run.path / trace).write_text("state")
+        raise ValueError("wrong")
+    assert run.path.exists() == (trace == "checkpoints/a.pt")

@@ -55,7 +55,8 @@ class Run:
             return
         if kind is not None and not self.finished:
             own = {"config.yaml", "environment.json", ".lock"}
-            if {p.name for p in self.path.iterdir()} <= own:
+            written = [p for p in self.path.iterdir() if not p.is_dir() or any(p.iterdir())]
+            if {p.name for p in written} <= own:
                 shutil.rmtree(self.path)
                 for parent in list(self.path.parents)[:3]:
                     if parent.exists() and not any(parent.iterdir()):
