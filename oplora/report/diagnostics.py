@@ -6,6 +6,7 @@ from itertools import product
 
 import pandas
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from oplora.harness.runs import DIAGNOSTICS, Record
 from oplora.report.comparison import Comparison, one_per_scale
@@ -41,7 +42,10 @@ def over_steps(c: Comparison) -> ReportFigure | None:
                 (line,) = axis.plot(found.index, found["mean"], **style(method).line)
                 shade(axis, line, found["min"], found["max"])
                 lines[title(method)] = line
-        axis.set(yscale="log" if number == "multiplier" else "linear")
+        if number == "multiplier":
+            axis.set_yscale("log")
+            for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                ticks(StrMethodFormatter("{x:g}"))
         axis.set(title=layer if number == numbers[0] else "")
         axis.set(ylabel=LABELS[number] if layer == layers[0] else "")
         axis.spines[["top", "right"]].set_visible(False)
