@@ -33,6 +33,11 @@ def trainer(kind, folder, *callbacks, **options):
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def as_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(CheckpointingTrainer, "in_background", True)
+
+
 class Watch(TrainerCallback):
     """What is in the folder when a step begins while the state of step 2 is being written."""
 
@@ -89,3 +94,13 @@ def test_copies_keep_kinds_and_share_nothing():
     copy = checkpoints.copied(state)
     state["state"][0]["rows"][0].zero_()
     assert copy["betas"] == (0.9, 0.99) and copy["state"][0]["rows"][0].tolist() == [1, 1]
+
+
+def test_on_a_cpu_it_is_the_plain_trainer(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    mine = trainer(CheckpointingTrainer, tmp_path, save_total_limit=1)
+    monkeypatch.setattr(checkpoints, "copied", None)
+    mine.train()
+    mine.join()
+    assert whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1

@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,27 @@ from transformers.trainer_utils import get_last_checkpoint
 from oplora.trainer import OPTrainer
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that has them
-STATE, SCHEDULE, WRITTEN_LAST = "optimizer.pt", "scheduler.pt", "trainer_state.json"  # Trainer's
+STATE, SCHEDULE, PROGRESS = "optimizer.pt", "scheduler.pt", "trainer_state.json"  # Trainer's
 
 
 class CheckpointingTrainer(OPTrainer):
     """OPTrainer that goes on while the optimizer's state is written: it is most of a checkpoint.
 
-    The state is copied to the CPU's memory, from where a thread writes it. Older checkpoints, of
-    which save_total_limit are kept, stay until the new one is whole. `join` waits for it.
+    On an accelerator; on a CPU the state would only be held twice. It is copied to the CPU's
+    memory, from where a thread writes it. Older checkpoints, of which save_total_limit are kept,
+    stay until the new one is whole. `join` waits for it.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._kept, self.args.save_total_limit = self.args.save_total_limit, None
-        self._writer = ThreadPoolExecutor(1)
-        self._writing: Future | None = None
+        self._writer, self._writing = ThreadPoolExecutor(1), None
+        self._to_write: tuple[dict[str, Any], Path] | None = None
+        if self.in_background:  # what is kept then is `write_state`'s to say
+            self._kept, self.args.save_total_limit = self.args.save_total_limit, None
+
+    @property
+    def in_background(self) -> bool:
+        return self.args.device.type != "cpu" and not self.is_fsdp_enabled
 
     def join(self) -> None:
         """Wait until the last checkpoint is whole; raises what failed meanwhile (a full disk)."""
@@ -42,15 +48,17 @@ class CheckpointingTrainer(OPTrainer):
     def _save_checkpoint(self, model, trial):
         self.join()
         super()._save_checkpoint(model, trial)
+        if self._to_write is not None:
+            state, folder = self._to_write
+            self._to_write = None
+            self._writing = self._writer.submit(write_state, state, folder, self._kept)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or not self.args.should_save:
+        if not self.in_background or not self.args.should_save:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        folder = Path(output_dir)
-        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULE)
-        state = copied(self.optimizer.state_dict())
-        self._writing = self._writer.submit(write_state, state, folder, self._kept)
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULE))
+        self._to_write = copied(self.optimizer.state_dict()), Path(output_dir)
 
 
 def copied(state: Any) -> Any:
@@ -76,7 +84,7 @@ def write_state(state: dict[str, Any], folder: Path, kept: int | None) -> None:
 def whole_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that was written to its end; a torn one is deleted."""
     while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
-        if all(Path(last, name).exists() for name in (STATE, WRITTEN_LAST)):
+        if all(Path(last, name).exists() for name in (STATE, PROGRESS)):
             return last
         shutil.rmtree(last)
     return None
