@@ -42,7 +42,7 @@ def main(cfg: DictConfig, run: Run) -> None:
     real = {s.name: fidelity.features(s.images["image"]) for s in subjects} if cfg.measure else {}
     done: dict[str, dict] = {}
     for subject in tqdm(subjects, "Subjects"):
-        part = run.part(f"subjects/{subject.name.replace('/', ' ')}")
+        part = run.part(f"subjects/{subject.name}")
         if not part.finished:
             set_seed(cfg.seed)  # whichever subjects were finished before a cut
             try:
@@ -55,6 +55,11 @@ def main(cfg: DictConfig, run: Run) -> None:
             drawn = sorted((part.path / "images").glob("*.png"))
             metrics |= score(subject, drawn, fidelity, real, texts, yardsticks=not cfg.fine_tune)
         done[subject.name] = metrics
+    if cfg.measure:
+        drawn = [run.path / f"subjects/{s.name}/images/00000.png" for s in subjects]
+        size = min(cfg.resolution, 256)
+        strip(drawn, size).save(run.path / "samples.png")
+        strip([s.images[0]["image"] for s in subjects], size).save(run.path / "reference.png")
     finish(run, over_subjects(done))
     print(f"{run.path}: {len(done)} subjects")
 

@@ -99,6 +99,8 @@ def test_every_subject_gets_an_adapter_and_scores(setting, tmp_path, method):
     for name in ("dino", "clip_i"):
         each = [scores[name] for scores in metrics["subjects"].values()]
         assert metrics[name] == pytest.approx(sum(each) / 2) and all(-1 <= s <= 1 for s in each)
+    for name in ("samples", "reference"):  # one picture of each subject
+        assert Image.open(path / f"{name}.png").size == (2 * 16, 16)
     assert metrics["adapter_parameters"] > 0 and "yardsticks" not in metrics
     assert (metrics["mlp_parameters"] > 0) == (method == "oplora")
     # Stock diffusers draws what was measured from the exported file alone, for each subject.

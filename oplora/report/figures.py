@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import matplotlib.image
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -106,6 +108,20 @@ def over_widths(
     axis.set_xscale("log", base=2)
     label_ends(axis)
     return ReportFigure(name, caption, axis.figure)
+
+
+def strips(name: str, caption: str, files: Mapping[str, Path]) -> ReportFigure:
+    """Rows of pictures from image files, those that there are, under what they are of."""
+    found = [(what, matplotlib.image.imread(f)) for what, f in files.items() if f.exists()]
+    figure = Figure(figsize=(9, 0.95 * len(found)))
+    axes = figure.subplots(len(found), squeeze=False)[:, 0]
+    for axis, (what, image) in zip(axes, found, strict=True):
+        axis.imshow(image, interpolation="nearest", aspect="equal")
+        axis.set_ylabel(what, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    return ReportFigure(name, caption, figure, photo=True)
 
 
 def _seeds(counts: Sequence[int]) -> str:

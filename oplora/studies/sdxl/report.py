@@ -3,15 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-import matplotlib.image
-from matplotlib.figure import Figure
-
 from oplora.harness.runs import Record
 from oplora.report import titles
 from oplora.report.claims import better
 from oplora.report.comparison import Comparison, final_loss, usual
 from oplora.report.experiment import Experiment, FineTuning, is_tuned
-from oplora.report.figures import Curves, over_training, rate_parts
+from oplora.report.figures import Curves, over_training, rate_parts, strips
 from oplora.report.metrics import Column, Score
 from oplora.report.page import Part, ReportFigure, Row, Table
 from oplora.report.rates import trained
@@ -181,18 +178,9 @@ def grid(name: str, scope: str, base: list[Record], groups: Groups) -> ReportFig
     if base:
         files["base model"] = base[0].path / "samples.png"
     files |= {title(method): runs[0].path / "samples.png" for method, runs in groups.items()}
-    strips = [(what, matplotlib.image.imread(f)) for what, f in files.items() if f.exists()]
-    figure = Figure(figsize=(9, 0.95 * len(strips)))
-    axes = figure.subplots(len(strips), squeeze=False)[:, 0]
-    for axis, (what, image) in zip(axes, strips, strict=True):
-        axis.imshow(image, interpolation="nearest", aspect="equal")
-        axis.set_ylabel(what, rotation=0, ha="right", va="center", fontsize=8)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
     captions = ", ".join(any_run.metrics["captions"])
     told = f"The same captions and noise for all; {scope}: {captions}."
-    return ReportFigure(name, told, figure, photo=True)
+    return strips(name, told, files)
 
 
 def _with_interval(distances: Mapping[str, float], metric: str) -> str:

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 from oplora.report.claims import better
-from oplora.report.comparison import final_loss
+from oplora.report.comparison import Comparison, final_loss
 from oplora.report.experiment import Experiment
-from oplora.report.figures import Curves
+from oplora.report.figures import Curves, strips
 from oplora.report.metrics import Column, Score
+from oplora.report.page import Part, Row, Table
 from oplora.report.tables import Groups
+from oplora.report.titles import title
 
 TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "efficientnet": "EfficientNet", "clip_t": "CLIP-T"}
 DIGITS = {"dino": 3, "clip_i": 3, "efficientnet": 3, "clip_t": 1}
@@ -28,6 +30,36 @@ def subject_metric(record) -> float | None:
     return next((record.metrics[name] for name in TITLES if name in record.metrics), None)
 
 
+def yardsticks(c: Comparison, final: Groups) -> list[Part]:
+    """What a score is to be read against, and what every method draws of the subjects."""
+    sticks = [(r, r.metrics["yardsticks"]) for r in c.base if "yardsticks" in r.metrics][:1]
+    shown = columns(final) if final else []
+    kinds = {"same": "real pictures of the subject, among themselves",
+             "others": "real pictures of the other subjects"}  # fmt: skip
+    rows = [
+        Row({"pictures": told} | {column.title: f"{found[kind][column.metric]:.3f}"
+                                  for column in shown if column.metric in found[kind]}, [r])
+        for r, found in sticks
+        for kind, told in kinds.items()
+        if kind in found
+    ]  # fmt: skip
+    parts: list[Part] = []
+    if rows:
+        caption = f"{c.scope}: mean cosine to a subject's real pictures, of other pictures."
+        parts.append(Table(f"{c.name}_yardsticks", caption, rows))
+    if final:
+        any_run = next(iter(final.values()))[0]
+        files = {"real": any_run.path / "reference.png"}
+        if c.base:
+            files["base model"] = c.base[0].path / "samples.png"
+        files |= {title(method): runs[0].path / "samples.png" for method, runs in final.items()}
+        if files["real"].exists():
+            names = ", ".join(any_run.metrics["subjects"])
+            told = f"{c.scope}: one picture of each subject, {names}."
+            parts.append(strips(f"{c.name}_grid", told, files))
+    return parts
+
+
 EXPERIMENT = Experiment(
     name="subjects",
     order=7,
@@ -44,5 +76,6 @@ EXPERIMENT = Experiment(
     units="Mean cosine of features between drawn and real pictures; CLIP-T: 100 times that of "
     "picture and text.",
     curves=Curves("Held-out denoising loss during training"),
+    more=yardsticks,
     theses=(better("OP-LoRA is better than LoRA", "v2's abstract (DreamBench)", "oplora", "lora"),),
 )

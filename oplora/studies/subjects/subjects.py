@@ -96,7 +96,7 @@ def emoji_subjects(
 
 
 def _character(id: str, rows: dict, train: Sequence[str], held_out: str, token: str) -> Subject:
-    name, group = rows[held_out][id]["text"].split(", ", 1)
+    name, group = rows[held_out][id]["text"].replace("/", " ").split(", ", 1)
     prompt = f"{token}, {group}"
 
     def drawings(styles: Sequence[str]) -> Dataset:
