@@ -5,25 +5,15 @@ from functools import partial
 
 import torch
 from datasets import Dataset
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.training_utils import cast_training_params
+from diffusers import UNet2DConditionModel
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from transformers import default_data_collator
 
-from oplora.harness.assets import cache_folder
-from oplora.harness.finetuning import device, fine_tuning, finish, first_batches, train, validate
-from oplora.harness.methods import apply_method
+from oplora.harness.finetuning import fine_tuning, finish
 from oplora.harness.runs import Run
-from oplora.studies.sdxl.diffusion import (
-    DenoisingLoss,
-    Snapshots,
-    adapter_state,
-    encode,
-    export,
-    held_out,
-)
-from oplora.studies.sdxl.generation import Evaluation, merge
+from oplora.studies.sdxl.diffusion import Snapshots
+from oplora.studies.sdxl.generation import Evaluation
+from oplora.studies.sdxl.training import encode_sides, fine_tune, load_pipeline
 
 
 @fine_tuning("sdxl", UNet2DConditionModel)
@@ -36,71 +26,26 @@ def main(cfg: DictConfig, run: Run) -> None:
     if share := cfg.get("hold_out"):
         parts = data["train"].train_test_split(share, seed=0)
         data |= dict(train=parts["train"], reference=parts["train"], validation=parts["test"])
-    pipeline = instantiate(cfg.pipeline).to(device())
-    pipeline.unet.set_attn_processor(instantiate(cfg.attention))
-    encoded = {
-        side: encode(data[side], pipeline, cache_folder() / "sdxl-inputs", **cfg.encoding)
-        for side in ("train", "validation")
-        if data[side] is not None
-    }
+    pipeline = load_pipeline(cfg)
+    encoded, validation = encode_sides(cfg, pipeline, data["train"], data["validation"])
     images = Evaluation(
         pipeline,
-        encoded["train"],
+        encoded,
         data["reference"],
         run.path,
         generate=OmegaConf.to_container(cfg.generate, resolve=True),
         distance=distance,
         side_metrics=side_metrics,
     )
-    dtype, scheduler = pipeline.unet.dtype, DDPMScheduler.from_config(pipeline.scheduler.config)
-    validation = encoded.get("validation")
-    validation = validation and held_out(validation, cfg.validation_draws)
+    steps = cfg.images.steps if cfg.measure else []
+    snapshots = Snapshots(steps, partial(images.snapshot, count=cfg.images.at_steps))
+    metrics = fine_tune(cfg, run, pipeline, encoded, validation, [snapshots])
     if cfg.fine_tune:
-        metrics = fine_tune(cfg, run, pipeline, scheduler, encoded["train"], validation, images)
-        merge(pipeline.unet)
-    else:
-        loss = DenoisingLoss(pipeline.unet, scheduler)
-        metrics = validate(loss, cfg.training, run, eval_dataset=validation)
-    pipeline.to(dtype=getattr(torch, cfg.measure_dtype) if cfg.measure_dtype else dtype)
+        metrics["snapshots"] = images.snapshots()
     if cfg.measure:
         metrics |= measure(cfg, images, data["base_style"])
     finish(run, metrics)
     print(f"{run.path}: {metrics.get('images', 'trained, no images')}")
-
-
-def fine_tune(
-    cfg: DictConfig,
-    run: Run,
-    pipeline: StableDiffusionXLPipeline,
-    scheduler: DDPMScheduler,
-    data: Dataset,
-    validation: Dataset | None,
-    images: Evaluation,
-) -> dict:
-    """Train the method's adapter in the pipeline's U-Net and export it; the run's figures."""
-    pipeline.unet.requires_grad_(False)
-    unet, create_optimizer = apply_method(
-        pipeline.unet,
-        cfg.method,
-        first_batches(data, default_data_collator, cfg.training),
-        loss=lambda unet, batch: DenoisingLoss(unet, scheduler)(**batch)["loss"],
-        direct_lr=cfg.direct_lr,
-    )
-    cast_training_params(unet)  # the adapter in float32 on a half-precision base
-    initial = adapter_state(unet)
-    steps = cfg.images.steps if cfg.measure else []
-    metrics = train(
-        DenoisingLoss(unet, scheduler),
-        create_optimizer,
-        cfg.training,
-        run,
-        diagnostics=cfg.diagnostics,
-        train_dataset=data,
-        eval_dataset=validation,
-        callbacks=[Snapshots(steps, partial(images.snapshot, count=cfg.images.at_steps))],
-    )
-    export(unet, run.path / "adapter", initial, create_optimizer.factors(unet))
-    return metrics | {"snapshots": images.snapshots()}
 
 
 def measure(cfg: DictConfig, images: Evaluation, base_style: Dataset | None) -> dict:

@@ -1,30 +1,21 @@
 """Subjects (v2's abstract: DreamBench): an adapter of SDXL for each, from a few pictures."""
 
-import json
 import time
+from contextlib import suppress
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.training_utils import cast_training_params
+from diffusers import UNet2DConditionModel
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
-from transformers import default_data_collator, set_seed
+from transformers import set_seed
 
-from oplora.harness.assets import cache_folder
 from oplora.harness.distributed import process_count
-from oplora.harness.finetuning import device, fine_tuning, finish, first_batches, train, validate
-from oplora.harness.methods import apply_method
+from oplora.harness.finetuning import fine_tuning, finish
 from oplora.harness.runs import Run
-from oplora.studies.sdxl.diffusion import (
-    DenoisingLoss,
-    adapter_state,
-    encode,
-    encode_prompts,
-    export,
-    held_out,
-)
-from oplora.studies.sdxl.generation import generate, merge, strip
+from oplora.studies.sdxl.diffusion import encode_prompts
+from oplora.studies.sdxl.generation import generate, strip
+from oplora.studies.sdxl.training import encode_sides, fine_tune, load_pipeline
 from oplora.studies.subjects.fidelity import Fidelity, over_subjects, score
 from oplora.studies.subjects.subjects import Subject
 
@@ -45,12 +36,12 @@ def main(cfg: DictConfig, run: Run) -> None:
         part = run.part(f"subjects/{subject.name}")
         if not part.finished:
             set_seed(cfg.seed)  # whichever subjects were finished before a cut
-            try:
+            with suppress(FloatingPointError):  # its part says so
                 learn(cfg, part, subject)
-            except FloatingPointError as error:
-                finish(run, {"diverged": f"{subject.name}: {error}", "steps": 0})
-                raise
-        metrics = json.loads((part.path / "metrics.json").read_text())
+        metrics = part.metrics()
+        if "diverged" in metrics:
+            finish(run, metrics | {"diverged": f"{subject.name}: {metrics['diverged']}"})
+            raise FloatingPointError(metrics["diverged"])
         if cfg.measure:
             drawn = sorted((part.path / "images").glob("*.png"))
             metrics |= score(subject, drawn, fidelity, real, texts, yardsticks=not cfg.fine_tune)
@@ -66,23 +57,9 @@ def main(cfg: DictConfig, run: Run) -> None:
 
 def learn(cfg: DictConfig, run: Run, subject: Subject) -> None:
     """Train an adapter for the subject and draw its prompts; finishes its part of the run."""
-    pipeline = instantiate(cfg.pipeline).to(device())
-    pipeline.unet.set_attn_processor(instantiate(cfg.attention))
-    dtype, scheduler = pipeline.unet.dtype, DDPMScheduler.from_config(pipeline.scheduler.config)
-    encoded = {
-        side: encode(images, pipeline, cache_folder() / "sdxl-inputs", **cfg.encoding)
-        for side, images in (("train", subject.images), ("validation", subject.held_out))
-        if images is not None
-    }
-    validation = encoded.get("validation")
-    validation = validation and held_out(validation, cfg.validation_draws)
-    if cfg.fine_tune:
-        metrics = fine_tune(cfg, run, pipeline, scheduler, encoded["train"], validation)
-        merge(pipeline.unet)
-    else:
-        loss = DenoisingLoss(pipeline.unet, scheduler)
-        metrics = validate(loss, cfg.training, run, eval_dataset=validation)
-    pipeline.to(dtype=getattr(torch, cfg.measure_dtype) if cfg.measure_dtype else dtype)
+    pipeline = load_pipeline(cfg)
+    encoded, validation = encode_sides(cfg, pipeline, subject.images, subject.held_out)
+    metrics = fine_tune(cfg, run, pipeline, encoded, validation)
     if cfg.measure:
         start = time.perf_counter()
         prompts = encode_prompts(subject.prompts, pipeline)
@@ -93,27 +70,6 @@ def learn(cfg: DictConfig, run: Run, subject: Subject) -> None:
         strip(subject.images["image"], cfg.resolution).save(run.path / "reference.png")
         metrics["evaluate_seconds"] = round(time.perf_counter() - start, 1)
     finish(run, metrics)
-
-
-def fine_tune(
-    cfg: DictConfig, run: Run, pipeline: StableDiffusionXLPipeline, scheduler, data, validation
-) -> dict:
-    """Train the method's adapter in the pipeline's U-Net and export it; the part's figures."""
-    pipeline.unet.requires_grad_(False)
-    unet, create_optimizer = apply_method(
-        pipeline.unet,
-        cfg.method,
-        first_batches(data, default_data_collator, cfg.training),
-        loss=lambda unet, batch: DenoisingLoss(unet, scheduler)(**batch)["loss"],
-        direct_lr=cfg.direct_lr,
-    )
-    cast_training_params(unet)  # the adapter in float32 on a half-precision base
-    initial = adapter_state(unet)
-    loss = DenoisingLoss(unet, scheduler)
-    options = dict(train_dataset=data, eval_dataset=validation, diagnostics=cfg.diagnostics)
-    metrics = train(loss, create_optimizer, cfg.training, run, **options)
-    export(unet, run.path / "adapter", initial, create_optimizer.factors(unet))
-    return metrics
 
 
 if __name__ == "__main__":

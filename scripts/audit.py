@@ -79,8 +79,6 @@ def read(runs: Path) -> pandas.DataFrame:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     rows = []
     for path in sorted(runs.rglob("metrics.json")):
-        if not (path.parent / "config.yaml").exists():
-            continue  # of a part of a run
         metrics = json.loads(path.read_text(encoding="utf-8"))
         config = yaml.load((path.parent / "config.yaml").read_text(encoding="utf-8"), loader)
         experiment, curve = config["experiment"], metrics.get("validation_loss")

@@ -5,6 +5,7 @@
 set -uom pipefail # m: every job is a process group of its own, which can be ended whole
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 status=0 jobs=()
+known="commonsense, vl_bart, sdxl, llava_cars, glue or subjects"
 
 # Run a command so that TERM and Ctrl-C end it at once, with all that it started.
 run() {

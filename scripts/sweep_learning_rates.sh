@@ -3,7 +3,7 @@
 # Usage: scripts/sweep_learning_rates.sh EXPERIMENT [method=lora,oplora,…] [HYDRA OVERRIDES]
 # EXPERIMENT: commonsense, vl_bart, sdxl, llava_cars, subjects, glue (all tasks, or task=…)
 source "$(dirname "$0")/multirun.sh"
-experiment=${1:?commonsense, vl_bart, sdxl, llava_cars, glue or subjects}
+experiment=${1:?$known}
 shift
 train_only=score_test=false
 [[ $experiment != sdxl && $experiment != subjects ]] || train_only=measure=false

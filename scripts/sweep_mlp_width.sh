@@ -2,7 +2,7 @@
 # Figure 6: the MLP's width, at the learning rates chosen for the usual one.
 # Usage: WIDTHS=1,8,64 scripts/sweep_mlp_width.sh EXPERIMENT METHOD=RATE… [HYDRA OVERRIDES]
 source "$(dirname "$0")/multirun.sh"
-experiment=${1:?commonsense, vl_bart, sdxl, llava_cars, glue or subjects}
+experiment=${1:?$known}
 shift
 sort_arguments "$@"
 [ ${#rates[@]} -gt 0 ] || { echo "error: give methods with rates, as oplora=1e-3" >&2; exit 2; }

@@ -2,7 +2,7 @@
 # The adapter's rank, at the learning rates chosen for the usual one; alpha keeps its proportion.
 # Usage: RANKS="2 4" scripts/sweep_rank.sh EXPERIMENT METHOD=RATE… [HYDRA OVERRIDES]
 source "$(dirname "$0")/multirun.sh"
-experiment=${1:?commonsense, vl_bart, sdxl, llava_cars, glue or subjects}
+experiment=${1:?$known}
 shift
 alpha_per_rank=
 case $experiment in

@@ -5,7 +5,7 @@
 # sdxl trains on two styles, or on dataset=…; twemoji_control and blobs_control are their controls.
 # glue's tasks have rates of their own: give one, as task=sst2.
 source "$(dirname "$0")/multirun.sh"
-experiment=${1:?commonsense, vl_bart, sdxl, llava_cars, glue or subjects}
+experiment=${1:?$known}
 shift
 sort_arguments "$@"
 [ ${#rates[@]} -gt 0 ] || { echo "error: give methods with their rates, as lora=3e-3" >&2; exit 2; }

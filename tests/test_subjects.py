@@ -1,6 +1,5 @@
 """Subjects: DreamBench, emoji characters, fidelity by hand, and the experiment end to end."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from processes import CHECKPOINT, kill_once, run_here
+from processes import CHECKPOINT, kill_once, only_run, run_here
 from tiny_diffusion import pictures, tiny_clip, tiny_pipeline
 from tiny_emoji import emoji_packages
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
@@ -88,8 +87,7 @@ def run(setting, runs, *overrides):
 def measured(setting, runs, *overrides):
     done = run(setting, runs, *overrides)
     assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = (p for p in runs.rglob("metrics.json") if p.parent.parent.name != "subjects")
-    return path.parent, json.loads(path.read_text())
+    return only_run(runs)
 
 
 @pytest.mark.parametrize("method", ["oplora", "pissa"])
@@ -120,7 +118,7 @@ def test_every_subject_gets_an_adapter_and_scores(setting, tmp_path, method):
 def test_killed_and_resumed_equals_undisturbed(setting, tmp_path):
     slower = ["training.max_steps=30"]
     cut = command(setting, tmp_path / "killed", *slower)
-    trace = "subjects/mug/metrics.json " + CHECKPOINT
+    trace = "subjects/mug/part.json " + CHECKPOINT
     kill_once(cut, tmp_path / "killed", trace, environment(setting))
     runs = [measured(setting, tmp_path / name, *slower) for name in ("killed", "calm")]
     kept = [

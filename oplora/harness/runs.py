@@ -43,8 +43,10 @@ class Run:
     lock: None where another process owns the run and this one takes part: nothing is written.
     """
 
-    def __init__(self, path: Path, finished: bool, lock: FileLock | None):
-        self.path, self.finished, self._lock = path, finished, lock
+    def __init__(
+        self, path: Path, finished: bool, lock: FileLock | None, file: str = "metrics.json"
+    ):
+        self.path, self.finished, self._lock, self._file = path, finished, lock, file
 
     def __enter__(self) -> "Run":
         return self
@@ -64,17 +66,24 @@ class Run:
         self._lock.release()
 
     def part(self, name: str) -> "Run":
-        """A run within this one, in a folder of its own, under the same lock."""
-        path = self.path / name
+        """A run within this one, in a folder of its own, under the same lock.
+
+        Its metrics are in part.json: only whole runs have a metrics.json.
+        """
+        path, file = self.path / name, "part.json"
         path.mkdir(parents=True, exist_ok=True)
-        return Run(path, (path / "metrics.json").exists(), self._lock)
+        return Run(path, (path / file).exists(), self._lock, file)
+
+    def metrics(self) -> dict[str, Any]:
+        """What it was finished with."""
+        return json.loads((self.path / self._file).read_text(encoding="utf-8"))
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json; numbers that do not exist are None, never NaN or a sentinel."""
         if self._lock is None:
             return
         text = json.dumps(metrics, indent=1, allow_nan=False)
-        write_atomically(self.path / "metrics.json", text + "\n")
+        write_atomically(self.path / self._file, text + "\n")
         self.finished = True
 
 
