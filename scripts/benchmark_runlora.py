@@ -34,8 +34,7 @@ def runlora() -> dict:
         cases = [case for case, _ in found]
         sizes = {"model": model, "rank": rank, "rows": rows, "tokens": tokens}
         models.append({**sizes, "layers": cases, "peft_over_runlora": spread(ratios)})
-    chosen = "That of the fewest multiplications"
-    return {"rounds": ROUNDS, "order": chosen, "models": models}
+    return {"rounds": ROUNDS, "models": models}
 
 
 def _case(rank: int, tokens: int, count: int, d_in: int, d_out: int):

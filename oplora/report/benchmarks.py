@@ -190,7 +190,7 @@ def orders(found: dict) -> Table:
     caption = (
         "RunLoRA's orders of the products in a LoRA layer, forward and backward in float32: "
         f"medians with the range of {found['rounds']} rounds in turn with PEFT's layer. "
-        f"{found.get('order', 'The fastest one measured')} saves {' and '.join(told)}. "
+        f"That of the fewest multiplications saves {' and '.join(told)}. "
         "rank: through A and B; merged, full: W + s B A, dW is formed."
     )
     return Table("benchmark_runlora", caption, rows)
