@@ -16,7 +16,7 @@ from oplora.harness.runs import Run
 from oplora.studies.sdxl.diffusion import encode_prompts
 from oplora.studies.sdxl.generation import generate, strip
 from oplora.studies.sdxl.training import encode_sides, fine_tune, load_pipeline
-from oplora.studies.subjects.fidelity import Fidelity, over_subjects, score
+from oplora.studies.subjects.fidelity import over_subjects, score, unit_features
 from oplora.studies.subjects.subjects import Subject
 
 
@@ -27,10 +27,11 @@ def main(cfg: DictConfig, run: Run) -> None:
             "a subject is trained by one process: start one run for each GPU, as for seeds"
         )
     torch.set_float32_matmul_precision(cfg.matmul_precision)
-    fidelity, texts = Fidelity(instantiate(cfg.encoders)), instantiate(cfg.side_metrics)
+    encoders, texts = instantiate(cfg.encoders), instantiate(cfg.side_metrics)
     texts = {name: metric for name, metric in texts.items() if metric is not None}
     subjects = instantiate(cfg.dataset.subjects)
-    real = {s.name: fidelity.features(s.images["image"]) for s in subjects} if cfg.measure else {}
+    measured = subjects if cfg.measure else []
+    real = {s.name: unit_features(s.images["image"], encoders) for s in measured}
     done: dict[str, dict] = {}
     for subject in tqdm(subjects, "Subjects"):
         part = run.part(f"subjects/{subject.name}")
@@ -44,7 +45,7 @@ def main(cfg: DictConfig, run: Run) -> None:
             raise FloatingPointError(metrics["diverged"])
         if cfg.measure:
             drawn = sorted((part.path / "images").glob("*.png"))
-            metrics |= score(subject, drawn, fidelity, real, texts, yardsticks=not cfg.fine_tune)
+            metrics |= score(subject, drawn, encoders, real, texts, yardsticks=not cfg.fine_tune)
         done[subject.name] = metrics
     if cfg.measure:
         drawn = [run.path / f"subjects/{s.name}/images/00000.png" for s in subjects]

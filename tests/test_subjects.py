@@ -16,7 +16,8 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from oplora.harness.emoji import CATEGORIES, split_of
 from oplora.harness.runs import open_run
-from oplora.studies.subjects.fidelity import Fidelity, TransformersViT, between, within
+from oplora.studies.sdxl.images import TransformersViT
+from oplora.studies.subjects.fidelity import between, unit_features, within
 from oplora.studies.subjects.subjects import dreambench, emoji_subjects, read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +62,7 @@ def setting(tmp_path_factory):
 
 
 def command(setting, runs, *overrides):
-    encoders = "oplora.studies.subjects.fidelity.TransformersViT"
+    encoders = "oplora.studies.sdxl.images.TransformersViT"
     return [
         sys.executable, "experiments/subjects.py", f"runtime.runs_dir={runs}", "resolution=16",
         f"dataset.subjects.source={setting / 'dreambooth'}", "rank=2", "alpha=4", "mlp_width=4",
@@ -194,8 +195,8 @@ def test_mean_cosines_by_hand():
     assert between(x, y)["a"] == pytest.approx((0 + 1 + 0.8 + 0.8 + 0.6 + 0.96) / 6)
     assert within(x)["a"] == pytest.approx(0.6)
     assert within(y)["a"] == pytest.approx((0 + 0.6 + 0.8) / 3)
-    assert within(Fidelity({"a": lambda images: torch.tensor([[3.0, 4.0]] * 2)}).features(
-        [Image.new("RGB", (4, 4))] * 2))["a"] == pytest.approx(1)  # fmt: skip
+    encoders = {"a": lambda images: torch.tensor([[3.0, 4.0]] * 2)}
+    assert within(unit_features([Image.new("RGB", (4, 4))] * 2, encoders))["a"] == pytest.approx(1)
 
 
 def test_the_vision_transformer_s_class_token(setting):

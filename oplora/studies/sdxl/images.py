@@ -13,7 +13,13 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.multimodal import CLIPScore
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPProcessor, CLIPVisionModelWithProjection
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPVisionModelWithProjection,
+)
 
 from oplora.harness.efficientnet import efficientnet_lite0, normalized
 from oplora.studies.sdxl.cmmd import mmd, mmd_interval
@@ -160,6 +166,21 @@ class TransformersClip:
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         return self.model(clip_pixels(images, self.size).to(_device())).image_embeds
+
+
+class TransformersViT:
+    """The class token (n, d) of a vision transformer after its own preprocessing (DINO)."""
+
+    def __init__(self, pretrained_model_name_or_path: str, revision: str | None = None):
+        self.processor, model = (
+            kind.from_pretrained(pretrained_model_name_or_path, revision=revision)
+            for kind in (AutoImageProcessor, AutoModel)
+        )
+        self.model = model.eval().to(_device())
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
+        return self.model(pixels.to(_device())).last_hidden_state[:, 0]
 
 
 class EfficientNetLite0:

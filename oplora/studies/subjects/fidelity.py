@@ -4,30 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel
 
 from oplora.studies.sdxl.images import Encoder, Picture, features, side_metrics
 from oplora.studies.subjects.subjects import Subject
 
 
-class Fidelity:
-    """Mean cosines of features between sets of pictures, by the name of the encoder.
-
-    encoders: image encoders (`oplora.studies.sdxl.images.Encoder`) by the name of the metric:
-    dino, clip_i, …
-    """
-
-    def __init__(self, encoders: Mapping[str, Encoder]):
-        self.encoders = dict(encoders)
-
-    def features(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
-        """Unit features (n, d) of each encoder."""
-        return {
-            name: torch.nn.functional.normalize(features(pictures, encoder), dim=1)
-            for name, encoder in self.encoders.items()
-        }
+def unit_features(
+    pictures: Sequence[Picture], encoders: Mapping[str, Encoder]
+) -> dict[str, Tensor]:
+    """Features (n, d) of length 1 by each encoder, under the name of the metric: dino, clip_i, …"""
+    return {
+        name: torch.nn.functional.normalize(features(pictures, encoder), dim=1)
+        for name, encoder in encoders.items()
+    }
 
 
 def between(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> dict[str, float]:
@@ -44,23 +34,8 @@ def within(x: Mapping[str, Tensor]) -> dict[str, float]:
     return found
 
 
-class TransformersViT:
-    """The class token (n, d) of a vision transformer and its own preprocessing; DINO's ViT-S/16."""
-
-    def __init__(self, pretrained_model_name_or_path: str, revision: str | None = None):
-        source = pretrained_model_name_or_path
-        self.processor = AutoImageProcessor.from_pretrained(source, revision=revision)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModel.from_pretrained(source, revision=revision)
-        self.model = model.eval().to(self.device)
-
-    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
-        return self.model(pixels.to(self.device)).last_hidden_state[:, 0]
-
-
 def score(
-    subject: Subject, drawn: list, fidelity: Fidelity, real: dict, texts: dict, yardsticks: bool
+    subject: Subject, drawn: list, encoders: dict, real: dict, texts: dict, yardsticks: bool
 ) -> dict:
     """Subject fidelity and, where there are metrics for it, that to the prompts' texts.
 
@@ -68,7 +43,9 @@ def score(
     """
     mine = real[subject.name]
     captions = [subject.descriptions[n % len(subject.descriptions)] for n in range(len(drawn))]
-    scores = between(fidelity.features(drawn), mine) | side_metrics(drawn, [], captions, texts)
+    scores = between(unit_features(drawn, encoders), mine) | side_metrics(
+        drawn, [], captions, texts
+    )
     if yardsticks:
         others = [between(theirs, mine) for name, theirs in real.items() if name != subject.name]
         scores["yardsticks"] = {"same": within(mine)}

@@ -11,23 +11,27 @@ from oplora.report.page import Part, Row, Table
 from oplora.report.tables import Groups
 from oplora.report.titles import title
 
-TITLES = {"dino": "DINO", "clip_i": "CLIP-I", "efficientnet": "EfficientNet", "clip_t": "CLIP-T"}
-DIGITS = {"dino": 3, "clip_i": 3, "efficientnet": 3, "clip_t": 1}
+METRICS = {  # of the subject, then of the text: title and digits
+    "dino": ("DINO", 3),
+    "clip_i": ("CLIP-I", 3),
+    "efficientnet": ("EfficientNet", 3),
+    "clip_t": ("CLIP-T", 1),
+}
 
 
 def columns(final: Groups) -> Sequence[Column]:
     """The metrics that these runs have: of the subject, then of the text (100 × cosine)."""
     metrics = next(iter(final.values()))[0].metrics
     return [
-        Column(title, name, DIGITS[name], 1, higher=True)
-        for name, title in TITLES.items()
+        Column(title, name, digits, 1, higher=True)
+        for name, (title, digits) in METRICS.items()
         if name in metrics
     ]
 
 
 def subject_metric(record) -> float | None:
     """The first metric of subject fidelity that the run has."""
-    return next((record.metrics[name] for name in TITLES if name in record.metrics), None)
+    return next((record.metrics[name] for name in METRICS if name in record.metrics), None)
 
 
 def yardsticks(c: Comparison, final: Groups) -> list[Part]:
