@@ -256,9 +256,9 @@ def compared(tables: Path, checks: list[tuple], gains: list[tuple[str, str, str]
         if cells != wanted:
             found.append(f"{name}, {method}: the table has {cells}, the runs give {wanted}")
     columns = ["methods", "best rate", "gain"]
-    files = [tables / f"{name}.csv" for name in ("which", "which_start")]
-    both = [pandas.read_csv(file, dtype=str) for file in files if file.exists()]
-    shown = sorted(map(tuple, pandas.concat(both)[columns].to_numpy()))
+    files = [path for path in tables.glob("which*.csv") if not path.stem.endswith(".runs")]
+    shown = [pandas.read_csv(file, dtype=str) for file in files]
+    shown = sorted(map(tuple, pandas.concat(shown)[columns].to_numpy()))
     if shown != sorted(gains):
         missing, other = sorted(set(gains) - set(shown)), sorted(set(shown) - set(gains))
         found.append(f"which: the table has {other}, the runs give {missing}")

@@ -73,10 +73,9 @@ def commands() -> str:
     return (
         f"Measured at revision {measured['revision'][:7]} in a fresh clone on {measured['cores']} "
         f"cores ({measured['cpu']}): set-up {minutes['make setup']:.1f} min and "
-        f"{measured['venv_megabytes']} MB, then `make test` {minutes['make test']:.1f} min, "
-        f"`make reproduce` {minutes['make reproduce']:.1f} min and {measured['results_megabytes']} "
-        f"MB of results; started again it skips what is there and renders the report anew in "
-        f"{measured['reproduce_again_seconds']:.0f} s."
+        f"{measured['venv_megabytes']} MB, `make test` {minutes['make test']:.1f} min, `make "
+        f"reproduce` {minutes['make reproduce']:.1f} min and {measured['results_megabytes']} MB, "
+        f"again {measured['reproduce_again_seconds']:.0f} s."
     )
 
 
@@ -98,6 +97,9 @@ def paper_scale(whole: bool) -> str:
         short = max(row[key] for row in rows) < 3600
         return f"{each(rows, key, 60)} min" if short else f"{each(rows, key, 3600, 1)} h"
 
+    def assumed(row: dict) -> str:
+        return f"{row['utilisation']:.0%} of {row['peak_tflops']}"
+
     table = [
         {
             "experiment": name,
@@ -106,8 +108,7 @@ def paper_scale(whole: bool) -> str:
             "training": hours(rows, "training_seconds"),
             "evaluation": hours(rows[:1], "evaluation_seconds"),
             "disk, GB": each(rows, "disk_bytes", 1e9),
-            "assumed of an H100, TFLOP/s": f"{rows[0]['utilisation']:.0%} of "
-            f"{rows[0]['peak_tflops']}",
+            **({"assumed of an H100, TFLOP/s": assumed(rows[0])} if whole else {}),
         }
         for name, rows in by_title.items()
     ]

@@ -89,10 +89,21 @@ def parts(gains: Sequence[Gain]) -> list[Part]:
     if not gains:
         return []
     starts = [gain for gain in gains if gain.methods[0] in OTHER_START]
-    tables = [which("which", WHICH, [gain for gain in gains if gain not in starts])]
+    main = of_the_first_pair(gains)
+    others = [gain for gain in gains if gain not in main and gain not in starts]
+    tables = [which("which", WHICH, main)]
+    if others:
+        tables.append(which("which_others", f"The other adapters. {WHICH}", others))
     if starts:
         tables.append(which("which_start", f"With the text's start. {WHICH}", starts))
     return [Statement("answer", answer(gains)), forest(gains), *tables]
+
+
+def of_the_first_pair(gains: Sequence[Gain]) -> list[Gain]:
+    """Of LoRA's family, matrix factorization among it, from the author's start; else all."""
+    family = method(next(iter(rules.PAIRS))).family
+    kin = [gain for gain in gains if method(gain.methods[0]).family == family]
+    return [gain for gain in kin if gain.methods[0] not in OTHER_START] or list(gains)
 
 
 def answer(gains: Sequence[Gain]) -> str:
@@ -100,8 +111,7 @@ def answer(gains: Sequence[Gain]) -> str:
     pair, other = next(iter(rules.PAIRS.items())), next(iter(OTHER_START))
     name, base = map(title, pair)
     starts = [g for g in gains if g.methods[0] == other]
-    family = method(pair[0]).family
-    gains = [g for g in gains if method(g.methods[0]).family == family and g not in starts] or gains
+    gains = of_the_first_pair(gains)
     better, worse, unclear = standing(gains)
     text = f"At its own best learning rate {name} beats {base} in {len(better)} of {len(gains)} "
     text += "settings" + (f" [{'; '.join(better)}]" if better else "")
@@ -176,7 +186,7 @@ def which(name: str, caption: str, gains: Iterable[Gain]) -> Table:
     for gain in gains:
         mine, theirs = gain.rates
         cells = {
-            "setting": str(gain.scope),
+            "setting": gain.scope.short,
             "methods": " → ".join(map(title, reversed(gain.methods))),
             "best rate": f"{theirs:g} → {mine:g}",
             "ratio": f"{mine / theirs:.2g}",
@@ -187,4 +197,4 @@ def which(name: str, caption: str, gains: Iterable[Gain]) -> Table:
             cells["memory, GB"] = f"{their_bytes / 1e9:.2f} → {bytes_ / 1e9:.2f}"
             cells["time, s"] = f"{their_seconds:.0f} → {seconds:.0f}"
         rows.append(Row(cells, gain.runs))
-    return Table(name, caption, rows)
+    return Table(name, caption, rows, details=["methods"])
