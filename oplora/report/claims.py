@@ -243,8 +243,8 @@ def counts(judged: Iterable[Claim]) -> str:
     verdicts = [claim.verdict for claim in judged if not claim.constructed]
     shown = ", ".join(f"{verdicts.count(v)} × {v}" for v in VERDICTS if v in verdicts)
     return (
-        f"Claims judged here, scale by scale: {shown or 'none yet'} (two that hold by construction, "
-        "the counts of parameters, are left out)."
+        f"Claims judged here, scale by scale: {shown or 'none yet'} (two that hold by "
+        "construction, the counts of parameters, are left out)."
     )
 
 
