@@ -50,18 +50,16 @@ from oplora.studies.rotated_mnist.network import network
 from oplora.studies.rotated_mnist.training import Member, adapt, alone
 
 ROUNDS = 5  # their range is a 94% interval of the median
+COST = ["lora", "oplora", "oplora_lite", "riemannian", "op_scaled", "lora_pro", "dora"]
 CASES = [  # workload, rank, methods
     ("smollm2", 8, list(METHODS)),
-    (
-        "smollm2",
-        32,
-        ["lora", "oplora", "oplora_lite", "oplora_in_graph_fused", "lora_pro", "lora_rite"],
-    ),
+    ("smollm2", 32, [*COST, "oplora_in_graph_fused", "lora_rite", "scale"]),
     ("tiny_sdxl", 4, list(METHODS)),
 ]
 AT_REAL_SIZE = ["lora", "oplora", "oplora_lite", "oplora_in_graph_fused", "dora"]
 if DEVICE == "cuda":
-    CASES += [("llama_7b", 32, AT_REAL_SIZE), ("sdxl", 4, [*AT_REAL_SIZE, "opdora"])]
+    llama = [*COST, "oplora_in_graph_fused"]
+    CASES += [("llama_7b", 32, llama), ("sdxl", 4, [*AT_REAL_SIZE, "opdora"])]
 
 
 def training_step() -> dict:

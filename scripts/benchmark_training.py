@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import oplora
 from oplora.baselines import create_lora_pro_optimizer, create_lora_rite_optimizer
+from oplora.baselines.scaled import create_op_scaled_optimizer
 from oplora.harness.methods import add_adapter
 from oplora.harness.runs import peak_memory_bytes
 from oplora.mlp import AdapterMLP
@@ -91,6 +92,8 @@ METHODS: dict[str, tuple[dict | None, Callable[[nn.Module], Optimizer]]] = {
         {},
         partial(create_riemannian_optimizer, optimizer_cls=AdamW, lr=1e-4, reg=0.01),
     ),
+    "op_scaled": ({}, partial(create_op_scaled_optimizer, lr=1e-4, weight_decay=0.0, reg=0.01)),
+    "scale": ({}, partial(oplora.create_scale_optimizer, lr=1e-4, weight_decay=0.0)),
     "full": (None, PLAIN),
 }
 

@@ -134,14 +134,27 @@ def test_aims_are_judged_by_their_numbers():
         "oplora_in_graph_fused": row(200, 0.3, 1.4, graph=1.2),
         "lora_pro": row(100, 0.3, 1.2),
         "lora_rite": row(100, 0.05, 1.02),
+        "scale": row(100, 0.02, 1.03),
     }
     case = dict(model="smollm2", rank=8, methods=methods, oplora_optimizer_over_limit=1.6)
     steps = {"ratio_to_op_adamw": {"in_graph_adamw_fused": 2.0, "in_graph_adamw_foreach": 5.0}}
     rows = benchmarks.aim_table([case, {**case, "model": "tiny_sdxl"}], steps)
-    measured = ["1.040", "0.500", "1.600", "0.867", "1.020", "0.500", "0.200"]
+    measured = ["1.040", "0.500", "1.600", "0.867", "1.020", "1.030", "0.500", "0.200"]
     assert [row.cells["measured"] for row in rows] == measured
-    verdicts = ["reached", "reached", "missed", "reached", "missed", "missed", "reached"]
+    verdicts = ["reached", "reached", "missed", "reached", "missed", "missed", "missed", "reached"]
     assert [row.cells["verdict"] for row in rows] == verdicts
+
+
+def test_costs_stand_beside_the_papers(results):
+    (case,) = json.loads((results / "training_step.json").read_text())["cases"]
+    rows = benchmarks.costs(case).frame.set_index("method")
+    assert len(rows) == sum("in_graph" not in method for method in training.METHODS)
+    lora, first = (case["methods"][m]["peak_memory_bytes"] for m in ("lora", "oplora"))
+    assert rows.loc["OP-LoRA", "memory over LoRA's"] == f"{first / lora:.2f}"
+    assert rows.loc["LoRA", "step over LoRA's"] == "1.00"
+    assert rows.loc["LoRA-Pro", "paper: hours (over LoRA's)"] == "56 (16.00)"
+    assert rows.loc["OP-LoRA", "paper: memory, GB (over LoRA's)"] == "69 (1.57)"
+    assert rows.loc["DoRA"].isna().sum() == 2  # not in the paper's table
 
 
 def test_runloras_table_has_every_layer_and_the_sum(monkeypatch, results):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from oplora.report.page import Row, Section, Statement, Table
+from oplora.report.tables import cited
 from oplora.report.titles import title
 
 IN_GRAPH = {  # the benchmark's own forms of OP-LoRA, with the MLPs as modules of the model
@@ -15,6 +16,8 @@ BATCHED = {
     "rotated_mnist.json": "Rotated MNIST",
 }
 STEP_AIMS = {8: 1.05, 32: 1.15}  # OP-LoRA's step over LoRA's on SmolLM2, by rank
+SCALE_AIM = 1.02  # of the learned scale's step
+COST_RANK = 32  # of the paper's table of costs
 
 
 def section(folder: Path) -> Section | None:
@@ -31,6 +34,7 @@ def section(folder: Path) -> Section | None:
         )
         parts.append(Table(name, caption, method_table(case)))
     parts.insert(1, memory(measured["cases"], _read(folder / "full_size_step.json")))
+    parts[2:2] = [costs(case) for case in measured["cases"] if case["rank"] == COST_RANK]
     aims = aim_table(measured["cases"], _read(folder / "optimizer_step.json"))
     parts.append(Table("benchmark_aims", "The aims.", aims, text=True))
     if sweep := _read(folder / "shapes.json"):
@@ -66,6 +70,31 @@ def memory(cases: list[dict], full_size: dict | None) -> Table:
         peak = f"{full_size['peak_memory_bytes'] / 1e9:.2f}"
         rows.append(Row({"model": "SDXL's U-Net, real size", title("oplora"): peak}))
     return Table("memory", "Peak memory of a training step, GB.", rows)
+
+
+def costs(case: dict) -> Table:
+    """Memory and time of a step over LoRA's, beside the paper's of a whole training."""
+    paper = cited("costs.yaml")
+    lora, cited_lora = case["methods"]["lora"], paper["rows"]["lora"]
+    rows = []
+    for method, row in case["methods"].items():
+        if method in IN_GRAPH:
+            continue
+        cells = {
+            "method": title(method),
+            "memory over LoRA's": f"{row['peak_memory_bytes'] / lora['peak_memory_bytes']:.2f}",
+            "step over LoRA's": f"{row['step_over_lora']['median']:.2f}",
+        }
+        told = paper["rows"].get(method, [None, None])
+        for column, value, of_lora in zip(paper["columns"], told, cited_lora, strict=True):
+            ratio = f"{value:g} ({value / of_lora:.2f})" if value else None
+            cells[f"paper: {column} (over LoRA's)"] = ratio
+        rows.append(Row(cells))
+    caption = (
+        f"What a method costs: a training step of {case['model']} at rank {case['rank']}. "
+        f"Cited beside it: {paper['source']}."
+    )
+    return Table(f"costs_{case['model']}", caption, rows)
 
 
 def state_file(saved: dict) -> str:
@@ -139,6 +168,8 @@ def _aims(case: dict) -> list[tuple[int, str, float, float]]:
          case["oplora_optimizer_over_limit"], 1.5),
         *((rank, f"step below {title(m)}'s", step["oplora"] / step[m], 1.0)
           for m in ("lora_pro", "lora_rite")),
+        *((rank, f"{title(m)}: step at most {SCALE_AIM} of LoRA's", step[m], SCALE_AIM)
+          for m in ("scale",) if m in step),
     ]  # fmt: skip
 
 
