@@ -125,6 +125,8 @@ GENERAL = (  # judged wherever there are runs
            ("opdora", "dora"), needs_own_sweep=True),
     Thesis("OP-LoRA at half of LoRA's rank is as good", "v2", rules.half_the_rank,
            ("oplora", "lora")),
+    Thesis("OP-ScaledAdamW at half of ScaledAdamW's rank is as good", "second text, Table 3",
+           rules.half_the_rank, ("op_scaled", "riemannian")),
     Thesis("No cost at inference: the MLP is discarded", "1, v2", rules.ships_the_same,
            ("oplora", "lora"), constructed=True),
     Thesis("The MLP has about as many times the adapter's parameters as its width", "4",

@@ -159,8 +159,16 @@ def signed(
 
 
 def cited(file: str) -> dict[str, Any]:
-    """The paper's own numbers, a file in results/paper: source, columns, and rows by method."""
-    return yaml.safe_load((PAPER / file).read_text(encoding="utf-8"))
+    """The paper's own numbers, a file in results/paper: source, columns, and rows by method.
+
+    With the rows that a later text adds to the same table, where the file has them.
+    """
+    table = yaml.safe_load((PAPER / file).read_text(encoding="utf-8"))
+    if later := table.pop("later", None):
+        table["source"] += f"; what {later['source']} adds"
+        for key in ("rows", "methods"):
+            table[key] = table.get(key, {}) | later[key]
+    return table
 
 
 def cited_table(name: str, file: str) -> Table:

@@ -14,6 +14,7 @@ from oplora.report.statistics import mean_interval, paired_bootstrap
 from oplora.report.tables import Groups, Items, paired_items, predictions, signed
 from oplora.report.titles import method, title
 
+SECOND = "second text, Table 3"
 NLL = Column("held-out NLL", "held_out_nll", 3, 1, higher=False)
 
 
@@ -113,6 +114,12 @@ EXPERIMENT = Experiment(
     theses=(
         better("OP-LoRA is better than LoRA", "5.4, Table 2", "oplora", "lora"),
         better("OP-DoRA is better than DoRA", "5.4, Table 2", "opdora", "dora"),
+        better("OP-ScaledAdamW is better than ScaledAdamW", SECOND, "op_scaled", "riemannian"),
+        better("OP-LoRA is better than LoRA of its size", SECOND, "oplora", "lora_large"),
+        better("OP-LoRA is better than DeepLoRA", SECOND, "oplora", "deeplora"),
+        better("OP-LoRA is better than HyperLoader", SECOND, "oplora", "hyperloader"),
+        better("OP-LoRA is better than AdaLoRA", SECOND, "oplora", "adalora"),
+        better("OP-LoRA is better than LoRA-GA", SECOND, "oplora", "lora_ga"),
         Thesis("OP-DoRA's best seed is better than DoRA's", "5.4, Table 2",
                rules.best_seed, ("opdora", "dora")),
         Thesis("Width 1 is too little, else the trend is flat", "5.5, Figure 6",

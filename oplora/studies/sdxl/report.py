@@ -18,6 +18,7 @@ from oplora.report.titles import by_method, method_of, title
 
 LOSS = "held-out denoising loss"
 HELD_OUT = Column("held-out loss", final_loss, 4, 1)
+SECOND = "second text, Table 1"
 SCALES = (
     "At the paper's scale q, k, v and the output of the attention layers are adapted at a constant "
     "learning rate. The small preset adapts all linear layers of the U-Net's transformers, with a "
@@ -223,6 +224,9 @@ EXPERIMENT = Experiment(
     theses=(
         better("OP-LoRA is better than LoRA", "5.1, Table 1", "oplora", "lora"),
         better("OP-DoRA is better than DoRA", "5.1, Table 1", "opdora", "dora"),
+        better("OP-LoRA is better than LoRA-GA", SECOND, "oplora", "lora_ga"),
+        better("OP-LoRA is better than LoRA-Pro", SECOND, "oplora", "lora_pro"),
+        better("OP-LoRA is better than ScaledAdamW", SECOND, "oplora", "riemannian"),
         better("LoRA is better than DoRA", "5.1 (not Table 1)", "lora", "dora"),
         better("LoRA is better than PiSSA", "5.1 (not Table 1)", "lora", "pissa"),
     ),
