@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from oplora.harness.efficientnet import efficientnet_lite0, normalized
+from oplora.harness.finetuning import device
 from oplora.studies.sdxl.cmmd import mmd, mmd_interval
 
 Picture = str | Path | Image.Image
@@ -113,7 +114,7 @@ def side_metrics(
     if not metrics:
         return {}
     for metric in metrics.values():
-        metric.to(_device()).reset()
+        metric.to(device()).reset()
     scores = [metric for metric in metrics.values() if isinstance(metric, CLIPScore)]
     distances = [metric for metric in metrics.values() if not isinstance(metric, CLIPScore)]
     with torch.random.fork_rng(), torch.no_grad():
@@ -147,11 +148,11 @@ class OpenClip:
         # OpenAI trained with QuickGELU; without the flag open_clip only warns of the mismatch.
         quick = pretrained == "openai"
         model = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
-        self.model = model.eval().to(_device())
+        self.model = model.eval().to(device())
         self.size = model.visual.image_size[0]
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        return self.model.encode_image(clip_pixels(images, self.size).to(_device()))
+        return self.model.encode_image(clip_pixels(images, self.size).to(device()))
 
 
 class TransformersClip:
@@ -161,11 +162,11 @@ class TransformersClip:
         model = CLIPVisionModelWithProjection.from_pretrained(
             pretrained_model_name_or_path, revision=revision
         )
-        self.model = model.eval().to(_device())
+        self.model = model.eval().to(device())
         self.size = model.config.image_size
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        return self.model(clip_pixels(images, self.size).to(_device())).image_embeds
+        return self.model(clip_pixels(images, self.size).to(device())).image_embeds
 
 
 class TransformersViT:
@@ -176,11 +177,11 @@ class TransformersViT:
             kind.from_pretrained(pretrained_model_name_or_path, revision=revision)
             for kind in (AutoImageProcessor, AutoModel)
         )
-        self.model = model.eval().to(_device())
+        self.model = model.eval().to(device())
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
-        return self.model(pixels.to(_device())).last_hidden_state[:, 0]
+        return self.model(pixels.to(device())).last_hidden_state[:, 0]
 
 
 class EfficientNetLite0:
@@ -190,11 +191,11 @@ class EfficientNetLite0:
     """
 
     def __init__(self, folder: str | Path, size: int = 112):
-        self.model = efficientnet_lite0(folder, size).to(_device())
+        self.model = efficientnet_lite0(folder, size).to(device())
         self.size = size
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        pixels = _pixels([square(image, self.size) for image in images]).to(_device())
+        pixels = _pixels([square(image, self.size) for image in images]).to(device())
         return self.model.extract_features(normalized(pixels)).mean((2, 3))
 
 
@@ -261,7 +262,3 @@ def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
     """One after the other: a column of a data set decodes its images when it is sliced."""
     for first in range(0, len(items), size):
         yield items[first : first + size]
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
