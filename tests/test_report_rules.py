@@ -9,7 +9,7 @@ import pytest
 from oplora import report
 from oplora.harness.runs import Record
 from oplora.report import across, against, claims, front, price, rules
-from oplora.report.comparison import Comparison
+from oplora.report.comparison import NOTHING_LEARNED, Comparison
 from oplora.report.metrics import Score
 from oplora.report.rates import good_rates, loss_at
 from oplora.report.rules import EQUAL_RATES, FAILS, HOLDS, NOT_RUN, UNTESTABLE, Finding
@@ -234,6 +234,23 @@ def test_sensitivity_is_a_share_of_the_gain_not_of_the_loss():
     assert unknown["90% of the gain"].command == command
     found = rules.less_sensitive(comparison({}, sweep, seeds=3), "oplora", "lora")
     assert (found.verdict, found.command) == (NOT_RUN, command)
+
+
+def test_where_nothing_was_learned_no_gain_is_shared_out():
+    """The best adapter at 0.995 of the base model's loss: less than a hundredth below it."""
+    sweep = {"lora": {1e-3: 3.4, 1e-2: 3.0}, "oplora": {1e-3: 2.985, 1e-2: 5.0}}
+    base = [run("base", 0.0, loss=3.0, fine_tune=False)]
+    flat = comparison({}, sweep, base=base, seeds=3)
+    assert not flat.learns and across.sensitivity_of(flat) == []
+    for rule in (rules.better, rules.faster, rules.less_sensitive):
+        found = rule(flat, "oplora", "lora")
+        assert (found.verdict, found.evidence) == (UNTESTABLE, NOTHING_LEARNED)
+        assert rule(flat, "loraplus", "lora").verdict == NOT_RUN  # what was not run stays so
+    learned = replace(flat, name="b", experiment="sdxl", base=[replace(base[0], metrics={
+        "validation_loss": [[0, 3.1]]})])  # fmt: skip
+    assert learned.learns and price.settings([flat, learned], "small") == {
+        learned.scope.column: learned
+    }
 
 
 @pytest.mark.parametrize(

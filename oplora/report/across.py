@@ -54,7 +54,7 @@ def standing(c: Comparison) -> list[Row]:
 
 def sensitivity_of(c: Comparison) -> list[Row]:
     """Every method's sweep, if it was made on this data."""
-    if not c.own_sweep:
+    if not (c.own_sweep and c.learns):
         return []
     runs = {m: [r for r in c.sweep_runs if method_of(r) == m] for m in c.sweep}
     sweeps = [(label(m, c.records_of(m)), c.losses(m), runs[m]) for m in c.sweep]

@@ -21,6 +21,9 @@ from oplora.report.rates import (
 from oplora.report.statistics import mean_interval
 from oplora.report.titles import Scope, by_method, by_number, method_of
 
+LEARNS = 0.01  # of the base model's validation loss: what an adapter must gain at least
+NOTHING_LEARNED = f"no adapter's validation loss is {LEARNS:.0%} below the base model's"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -140,6 +143,13 @@ class Comparison:
         """Of the adapters, each at its best rate."""
         adapters = [m for m in self.sweep if titles.method(m).role != "full"] or list(self.sweep)
         return min(min(self.losses(m).values()) for m in adapters)
+
+    @property
+    def learns(self) -> bool:
+        """Is the best adapter better than the base model, as far as that is known?"""
+        if self.base_loss is None or not self.own_sweep:
+            return True
+        return self.best_loss <= (1 - LEARNS) * self.base_loss
 
     def seed_runs(self, method: str, rate: float) -> dict[int, Record]:
         """Seed → a run at this rate, of the usual rank and width, that did not diverge."""

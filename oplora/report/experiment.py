@@ -6,14 +6,14 @@ gives what `FineTuning` has: comparisons, section, claims, gains, measured, stan
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from oplora.harness.runs import Record
 from oplora.report import across, tables
 from oplora.report.against import Measured, measured
 from oplora.report.claims import Claim, Thesis, of_experiment
-from oplora.report.comparison import Comparison, one_per_scale, usual
+from oplora.report.comparison import NOTHING_LEARNED, Comparison, one_per_scale, usual
 from oplora.report.diagnostics import diagnosed
 from oplora.report.figures import Curves, over_training, rate_parts
 from oplora.report.front import Gain, gains_of
@@ -84,6 +84,8 @@ class Experiment:
                     variant=self.variant_title.format(variant) if several else "",
                     override=self.variant_option.format(variant),
                 )
+                if not comparison.learns:
+                    comparison = replace(comparison, unfit=NOTHING_LEARNED)
                 found.append(comparison)
         return found
 

@@ -1,8 +1,9 @@
 """What it costs not to tune the learning rate: every method at one rate for all settings.
 
-A setting is a fine-tuning experiment whose base model's loss is known and whose learning rates
-were swept. The price of a run is the part of the gain, from the base model's validation loss to
-the best adapter's, that it misses: 0 for the best adapter at its best rate, 1 for no training.
+A setting is a fine-tuning experiment whose base model's loss is known, whose learning rates were
+swept, and in which something was learned. The price of a run is the part of the gain, from the base
+model's validation loss to the best adapter's, that it misses: 0 for the best adapter at its best
+rate, 1 for no training.
 """
 
 import math
@@ -85,7 +86,11 @@ class Price:
 
 def settings(comparisons: Sequence[Comparison], preset: str) -> dict[str, Comparison]:
     """Those of a preset whose price can be told, by what tables call them."""
-    known = [c for c in one_per_scale(comparisons) if c.own_sweep and c.base_loss is not None]
+    known = [
+        c
+        for c in one_per_scale(comparisons)
+        if c.own_sweep and c.base_loss is not None and c.learns
+    ]
     return {c.scope.column: c for c in known if c.preset == preset}
 
 
@@ -141,8 +146,8 @@ def parts(comparisons: Sequence[Comparison]) -> list[Part]:
 
 
 def sentence(listed: Sequence[Price], found: dict[str, Comparison]) -> str:
-    """The best at one rate of those that have all settings, beside LoRA."""
-    told = [p for p in listed if p.method in (listed[0].method, "lora")]
+    """The best at one rate of those that have all settings, LoRA and OP-LoRA."""
+    told = [p for p in listed if p.method in (listed[0].method, "lora", "oplora")]
     each = [
         f"{p.title} at {p.rate:g} misses {_percent(fmean(p.at_one_rate))} of the gain "
         f"(worst setting {_percent(max(p.at_one_rate))})"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy
 
 from oplora.harness.runs import Record
-from oplora.report.comparison import Comparison
+from oplora.report.comparison import NOTHING_LEARNED, Comparison
 from oplora.report.rates import GOOD, good_rates, loss_at
 from oplora.report.statistics import (
     MOST_SEEDS,
@@ -52,15 +52,23 @@ def too_few(gains: Sequence[float], command: str) -> Finding:
     return Finding(NOT_RUN, f"{len(gains)} shared seeds" if gains else "—", command=command)
 
 
+def nothing_learned(c: Comparison, *methods: str) -> bool:
+    """Were these methods swept, and no adapter is clearly better than the base model?"""
+    return not c.learns and set(methods) <= set(c.chosen)
+
+
 def better(c: Comparison, method: str, base: str) -> Finding:
     """Is a method better than another?
 
     Holds: the interval of the difference lies above zero. Does not hold: it lies below zero. Else
     only at equal rates: at two or more neighbouring shared rates the validation loss is lower, with
     RANGE_SEEDS seeds at each. Not testable: the interval holds both zero and a difference as large
-    as the paper's (or the paper has none), or the comparison is unfit (its gate does not hold).
+    as the paper's (or the paper has none), or the comparison is unfit (its gate does not hold, or
+    no adapter learned anything).
     Else it does not hold. Fewer than two shared seeds: not run yet.
     """
+    if nothing_learned(c, method, base):
+        return Finding(UNTESTABLE, NOTHING_LEARNED, c.rates_figure)
     gains = c.advantage(method, base)
     if len(gains) < 2:
         return too_few(gains, c.command(base, method))
@@ -135,13 +143,16 @@ def less_sensitive(c: Comparison, method: str, base: str) -> Finding:
 
     A rate is good if it reaches GOOD of the gain from the base model's loss to that of the best
     tuned adapter. Holds or does not: the ranges differ by more than one step of the grid. Else the
-    grid is too coarse: not testable. Not run yet: the base model's loss is not known, a rate has
-    fewer than RANGE_SEEDS seeds, or the narrower range reaches an edge of its grid.
+    grid is too coarse, or nothing was learned: not testable. Not run yet: the base model's loss is
+    not known, a rate has fewer than RANGE_SEEDS seeds, or the narrower range reaches an edge of its
+    grid.
     """
     if not (c.losses(method) and c.losses(base)):
         return missing(c, base, method)
     if c.base_loss is None:
         return Finding(NOT_RUN, "no run has the base model's loss", command=c.base_command)
+    if nothing_learned(c, method, base):
+        return Finding(UNTESTABLE, NOTHING_LEARNED, c.rates_figure)
     bound, figure = loss_at(GOOD, c.base_loss, c.best_loss), c.rates_figure
     mine, theirs = good_rates(c.losses(method), bound), good_rates(c.losses(base), bound)
     evidence = f"rates that reach {GOOD:.0%} of the gain: {title(method)} {mine}, {title(base)} "
@@ -166,8 +177,10 @@ def faster(c: Comparison, method: str, base: str) -> Finding:
     Areas are divided by the steps: a gain is a difference of mean losses on the same seed. Holds:
     its interval lies above zero, each at its own best rate. Only at equal rates: not so, but with
     RANGE_SEEDS seeds at the other's best rate. Does not hold: it lies below zero. Not testable: the
-    seeds do not tell, or a curve has fewer than CURVE_POINTS evaluations.
+    seeds do not tell, nothing was learned, or a curve has fewer than CURVE_POINTS evaluations.
     """
+    if nothing_learned(c, method, base):
+        return Finding(UNTESTABLE, NOTHING_LEARNED, c.rates_figure)
     best = [c.seed_runs(m, c.chosen[m]) if m in c.chosen else {} for m in (method, base)]
     gains, points = area_gains(c, *best)
     if len(gains) < 2:
