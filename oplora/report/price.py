@@ -106,6 +106,7 @@ def prices(found: dict[str, Comparison]) -> list[Price]:
         own = Counter(usual_width(c, name) for c in having.values())
         if method(name).mlp != "none" and len(own) > 1:
             every.append(price_of(name, own.most_common(1)[0][0], having))
+    every = [p for p in every if p.width is None or len(p.shared) > 1]  # a rate is chosen
     usable = [p for p in every if len(p.by_setting) >= ENOUGH and p.rate is not None]
     return sorted(usable, key=lambda p: (-len(p.by_setting), fmean(p.at_one_rate)))
 
