@@ -224,6 +224,8 @@ def store_glue(
             "validation_loss": [[10, 0.7], [20, loss]], "adapter_parameters": 10,
             "mlp_parameters": mlp, "trained_parameters": 40 + (mlp or 10), "train_seconds": 5.0,
         }  # fmt: skip
+    else:
+        metrics["validation_loss"] = [[0, loss]]
     if score is not None:
         metrics |= {"score": score, "test_loss": loss, **dict.fromkeys(metrics_of, score)}
         metrics |= {} if task == "stsb" else {"majority": 0.6}

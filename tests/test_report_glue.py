@@ -33,7 +33,8 @@ def runs(tmp_path):
             for seed in range(3):
                 rate = factor * 10 ** (best - 3)
                 store_glue(folder, task, method, rate, seed, losses[best], score)
-        store_glue(folder, task, "lora", 1e-3, 0, 0.69, 0.4, fine_tune=False)
+        base = 4.0 if task == "stsb" else 0.69
+        store_glue(folder, task, "lora", 1e-3, 0, base, 0.4, fine_tune=False)
     return folder
 
 
@@ -53,6 +54,18 @@ def test_a_table_per_task_with_its_own_metrics(runs, tmp_path):
     assert sst2.loc["always the most frequent class", "score"] == "60.0"
     assert mrpc.loc["LoRA", "f1"] == "60.0 ± 0.0 (3)" and mrpc.loc["LoRA", "rate"] == 0.001
     assert "spearman" in stsb and "always the most frequent class" not in stsb.index
+
+
+def test_a_task_on_which_nothing_was_learned_is_not_scored(runs):
+    for method in ("lora", "oplora"):
+        for rate, loss in ((1e-3, 0.692), (1e-2, 0.9)):
+            store_glue(runs, "rte", method, rate, 0, loss)
+    store_glue(runs, "rte", "lora", 1e-3, 0, 0.691, 0.5, fine_tune=False)
+    parts = EXPERIMENT.read(load_runs(runs)[0]).section().parts
+    (statement,) = [part for part in parts if getattr(part, "name", "") == "glue_small_rte"]
+    assert statement.text.endswith(
+        "below the base model's (that is 0.691, the best adapter's 0.692)."
+    )
 
 
 def test_differences_are_paired_by_row(runs, tmp_path):

@@ -18,7 +18,7 @@ from oplora.report.diagnostics import diagnosed
 from oplora.report.figures import Curves, over_training, rate_parts
 from oplora.report.front import Gain, gains_of
 from oplora.report.metrics import Column, Score
-from oplora.report.page import Part, Row, Section
+from oplora.report.page import Part, Row, Section, Statement
 from oplora.report.tables import Groups, Items
 from oplora.report.titles import by_method
 
@@ -97,6 +97,8 @@ class Experiment:
         if c.sweep:
             caption = f"{self.loss_caption}; {scope}."
             found += rate_parts(c, caption, self.loss_title)
+        if not (final or c.learns):
+            found.append(Statement(name, unscored(c)))
         if final:
             caption = f"{scope}: test set, mean ± 95% interval (seeds). {self.units}"
             columns = self.columns(final)
@@ -160,3 +162,11 @@ class FineTuning:
 
     def sensitivity(self) -> list[Row]:
         return [row for c in one_per_scale(self.comparisons) for row in across.sensitivity_of(c)]
+
+
+def unscored(c: Comparison) -> str:
+    """Why no method was scored."""
+    return (
+        f"{c.scope}: not scored, as {NOTHING_LEARNED} (that is {c.base_loss:.3f}, the best "
+        f"adapter's {c.best_loss:.3f})."
+    )
