@@ -373,7 +373,7 @@ def test_the_first_screen_counts_intervals():
     gains = [gain([1.0, 1.2, 1.1], "a"), gain([-1.0, -1.2, -1.1], "b", rates=(1e-2, 1e-2)),
              gain([-1.0, 0.0, 1.0], "c", costs=[(1e9, 5.0)] * 2)]  # fmt: skip
     text = front.answer(gains)
-    assert "beats LoRA in 1 of 3 settings [a (points) +1.1 ± 0.2 (3)]" in text
+    assert "beats LoRA in 1 of 3 comparisons [a (points) +1.1 ± 0.2 (3)]" in text
     assert "is behind in 1 [b (points) -1.1 ± 0.2 (3)], and in 1 the seeds do not tell" in text
     assert "What to use: LoRA with a tuned rate" in text
     assert "in fine-tuning OP-LoRA's best is 0.1 times LoRA's" in text

@@ -114,7 +114,7 @@ def answer(gains: Sequence[Gain]) -> str:
     gains = of_the_first_pair(gains)
     better, worse, unclear = standing(gains)
     text = f"At its own best learning rate {name} beats {base} in {len(better)} of {len(gains)} "
-    text += "settings" + (f" [{'; '.join(better)}]" if better else "")
+    text += "comparisons" + (f" [{'; '.join(better)}]" if better else "")
     text += f", is behind in {len(worse)}" + (f" [{'; '.join(worse)}]" if worse else "")
     text += f", and in {len(unclear)} the seeds do not tell"
     if starts:
