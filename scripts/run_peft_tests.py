@@ -46,7 +46,8 @@ def download(folder: Path) -> Path:
     subprocess.run(pip, check=True)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+        # early patch releases of Python have no filters
+        tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (tests,) = folder.glob("peft-*/tests")
     (tests / "__init__.py").touch()  # not in the archive, but the tests import one another
     return tests
