@@ -15,11 +15,12 @@ The same file is the pytest plugin that does the replacing.
 import argparse
 import subprocess
 import sys
-import tarfile
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
+
+from oplora.harness.assets import unpack_tar
 
 MAX_RATE, MAX_NORM = 1.0, 100.0
 
@@ -45,9 +46,7 @@ def download(folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "-q", f"peft=={version('peft')}", *source]
     subprocess.run(pip, check=True)
     (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        # early patch releases of Python have no filters
-        tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    unpack_tar(archive, folder)
     (tests,) = folder.glob("peft-*/tests")
     (tests / "__init__.py").touch()  # not in the archive, but the tests import one another
     return tests

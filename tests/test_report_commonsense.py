@@ -86,8 +86,10 @@ def test_cited_values_are_the_papers():
     assert rows.loc["oplora", "average"] == 77.1 and rows.shape == (17, 9)
     later = cited_scores("table2.yaml", "average")  # the second text's, at equal ranks
     assert (later["op_scaled"], later["riemannian"], later["lora_large"]) == (77.7, 76.7, 61.6)
-    for name in rows.index:  # the averages are those of their columns; one is rounded twice
-        assert abs(rows.loc[name].iloc[:8].mean() - rows.loc[name, "average"]) < 0.101
+    off = rows.iloc[:, :8].mean(axis=1) - rows["average"]
+    rounded_anew = {"LoRA, rank 16": 0.1, "opdora (mean of 3)": 0.0625}  # by the paper
+    for name, bound in (dict.fromkeys(rows.index, 0.06) | rounded_anew).items():
+        assert abs(off[name]) < bound + 1e-9, name
 
 
 def test_curves_that_were_evaluated_at_other_steps_meet_where_they_can():

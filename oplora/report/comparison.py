@@ -44,7 +44,7 @@ class Comparison:
     swept: list[Record] | None = None  # what chooses the rates, if not `records`
     sweep_name: str | None = None  # of the figure of a sweep that several share
     swept_elsewhere: bool = False  # were the rates chosen on another data set?
-    unfit: str = ""  # why its scores cannot tell methods apart, if so
+    gate: str = ""  # why its scores cannot tell methods apart, if its base model is at fault
     variant: str = ""  # what tells it from others of its experiment and preset
     override: str = ""  # of the command that makes more runs of it
 
@@ -144,12 +144,17 @@ class Comparison:
         adapters = [m for m in self.sweep if titles.method(m).role != "full"] or list(self.sweep)
         return min(min(self.losses(m).values()) for m in adapters)
 
-    @property
+    @cached_property
     def learns(self) -> bool:
         """Is the best adapter better than the base model, as far as that is known?"""
         if self.base_loss is None or not self.own_sweep:
             return True
         return self.best_loss <= (1 - LEARNS) * self.base_loss
+
+    @property
+    def unfit(self) -> str:
+        """Why it cannot tell methods apart, if so."""
+        return self.gate or ("" if self.learns else NOTHING_LEARNED)
 
     def seed_runs(self, method: str, rate: float) -> dict[int, Record]:
         """Seed → a run at this rate, of the usual rank and width, that did not diverge."""

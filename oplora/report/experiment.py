@@ -6,7 +6,7 @@ gives what `FineTuning` has: comparisons, section, claims, gains, measured, stan
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from oplora.harness.runs import Record
@@ -84,8 +84,6 @@ class Experiment:
                     variant=self.variant_title.format(variant) if several else "",
                     override=self.variant_option.format(variant),
                 )
-                if not comparison.learns:
-                    comparison = replace(comparison, unfit=NOTHING_LEARNED)
                 found.append(comparison)
         return found
 

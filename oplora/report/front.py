@@ -88,22 +88,26 @@ def parts(gains: Sequence[Gain]) -> list[Part]:
     """Three sentences, the forest plot and the table of rates; nothing without gains."""
     if not gains:
         return []
+    first = of_the_first_pair(gains)
     starts = [gain for gain in gains if gain.methods[0] in OTHER_START]
-    main = of_the_first_pair(gains)
-    others = [gain for gain in gains if gain not in main and gain not in starts]
-    tables = [which("which", WHICH, main)]
-    if others:
-        tables.append(which("which_others", f"The other adapters. {WHICH}", others))
-    if starts:
-        tables.append(which("which_start", f"With the text's start. {WHICH}", starts))
+    others = [gain for gain in gains if gain not in first and gain not in starts]
+    tables = [
+        which(name, caption, found)
+        for name, caption, found in (
+            ("which", WHICH, first),
+            ("which_others", f"The other adapters. {WHICH}", others),
+            ("which_start", f"With the text's start. {WHICH}", starts),
+        )
+        if found
+    ]
     return [Statement("answer", answer(gains)), forest(gains), *tables]
 
 
 def of_the_first_pair(gains: Sequence[Gain]) -> list[Gain]:
-    """Of LoRA's family, matrix factorization among it, from the author's start; else all."""
+    """Of LoRA's family, matrix factorization among it, from the author's start."""
     family = method(next(iter(rules.PAIRS))).family
     kin = [gain for gain in gains if method(gain.methods[0]).family == family]
-    return [gain for gain in kin if gain.methods[0] not in OTHER_START] or list(gains)
+    return [gain for gain in kin if gain.methods[0] not in OTHER_START]
 
 
 def answer(gains: Sequence[Gain]) -> str:
@@ -111,7 +115,7 @@ def answer(gains: Sequence[Gain]) -> str:
     pair, other = next(iter(rules.PAIRS.items())), next(iter(OTHER_START))
     name, base = map(title, pair)
     starts = [g for g in gains if g.methods[0] == other]
-    gains = of_the_first_pair(gains)
+    gains = of_the_first_pair(gains) or gains
     better, worse, unclear = standing(gains)
     text = f"At its own best learning rate {name} beats {base} in {len(better)} of {len(gains)} "
     text += "comparisons" + (f" [{'; '.join(better)}]" if better else "")

@@ -64,8 +64,7 @@ def better(c: Comparison, method: str, base: str) -> Finding:
     only at equal rates: at two or more neighbouring shared rates the validation loss is lower, with
     RANGE_SEEDS seeds at each. Not testable: the interval holds both zero and a difference as large
     as the paper's (or the paper has none), or the comparison is unfit (its gate does not hold, or
-    no adapter learned anything).
-    Else it does not hold. Fewer than two shared seeds: not run yet.
+    no adapter learned anything). Else it does not hold. Fewer than two shared seeds: not run yet.
     """
     if nothing_learned(c, method, base):
         return Finding(UNTESTABLE, NOTHING_LEARNED, c.rates_figure)

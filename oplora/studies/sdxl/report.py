@@ -55,7 +55,7 @@ def comparisons(records: list[Record]) -> list[Comparison]:
         base = comparison.base
         rows = gate(base[0], comparison.at_best) if base else []
         fails = any(row.cells.get("holds") == "no" for row in rows)
-        found.append(replace(comparison, unfit="the gate does not hold" if fails else ""))
+        found.append(replace(comparison, gate="the gate does not hold" if fails else ""))
     return found
 
 
