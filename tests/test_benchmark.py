@@ -29,6 +29,7 @@ def _script(name: str):
 _script("full_size_step")
 training = _script("benchmark_training")
 orders = _script("benchmark_runlora")
+_script("benchmark_batches")
 benchmark = _script("benchmark")
 
 
