@@ -146,7 +146,7 @@ def points(overrides):
         ("sweep_seeds.sh", ["subjects", "lora=1e-3"], 1 + 3),
         ("sweep_learning_rates.sh", ["glue"], 3 * 4 * 6),
         ("sweep_learning_rates.sh", ["glue", "preset=paper"], 6 * 4 * 5),
-        ("sweep_learning_rates.sh", ["glue", "method=opvera,full", "task=rte"], 2 * 5),
+        ("sweep_learning_rates.sh", ["glue", "method=opvera,full", "task=rte"], 6 + 5),
         ("sweep_learning_rates.sh", ["vl_bart", "method=loraplus,opvera", "preset=paper"], 2 * 5),
         ("sweep_learning_rates.sh", ["sdxl", "preset=paper", "method=lora"], 7),
         ("sweep_learning_rates.sh", ["llava_cars", "preset=paper"], 2 * 6 + 5),
