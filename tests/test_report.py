@@ -114,39 +114,83 @@ onload = async () => {
   const shown = all("#table-claims .card:not([hidden]) .verdict").map((v) => v.textContent);
   found.filtered = [...new Set(shown)];
   const dot = all("#vega path[aria-roledescription=point]")[0], box = dot.getBoundingClientRect();
-  const at = { clientX: box.x + 3, clientY: box.y + 3, bubbles: true, view: frame };
+  const up = { bubbles: true, view: frame };
+  const at = { clientX: box.x + 3, clientY: box.y + 3, ...up };
   for (const kind of ["pointerover", "pointermove", "mousemove"]) {
     dot.dispatchEvent(new frame.PointerEvent(kind, at));
   }
   await wait(300);
   found.hover = all("#vg-tooltip-element")[0]?.textContent;
+  const visible = () => all("#vega path[aria-roledescription=point]")
+    .filter((p) => frame.getComputedStyle(p).opacity > 0.5).length;
+  found.legend = [visible()];
+  const entry = all("#vega .role-legend-symbol path")[0], spot = entry.getBoundingClientRect();
+  for (const kind of ["pointerdown", "mousedown", "pointerup", "mouseup", "click"]) {
+    const event = kind.startsWith("pointer") ? frame.PointerEvent : frame.MouseEvent;
+    entry.dispatchEvent(new event(kind, { clientX: spot.x + 3, clientY: spot.y + 3, ...up }));
+  }
+  await wait(500);
+  found.legend.push(visible());
+  found.ink = frame.getComputedStyle(page.body).color;
+  found.white = all("figure, figure *, .vega-embed *").map((e) => frame.getComputedStyle(e))
+    .filter((s) => s.backgroundColor == "rgb(255, 255, 255)").length;
   document.querySelector("pre").textContent = JSON.stringify(found);
 }
 </script>"""
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_in_a_browser(stored, tmp_path, width):
+@pytest.fixture
+def page(stored, tmp_path):
+    """A written report with verdicts; its folder."""
     for method, lr in (("lora", 1e-2), ("oplora", 1e-3)):
         for factor, loss in ((0.1, 0.5), (1, 0.2), (10, 0.4)):
             store_vl_bart(stored, method, lr * factor, 0, loss)
         for seed in range(2):
             store_vl_bart(stored, method, lr, seed, 0.2, accuracy=0.6 + seed / 10)
     report.build(stored).write(tmp_path / "out")
-    (tmp_path / "probe.html").write_text(PROBE.replace("WIDTH", str(width)))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    flags += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"]
-    flags += [f"--window-size={width + 50},900"]
-    command = [BROWSER, *flags, f"--user-data-dir={tmp_path}/profile", f"{tmp_path}/probe.html"]
+    return tmp_path
+
+
+def browse(folder, *flags):
+    """What Chromium does with an address and flags, which must not complain."""
+    usual = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    usual += ["--enable-logging=stderr", "--virtual-time-budget=20000"]
+    command = [BROWSER, *usual, f"--user-data-dir={folder}/profile", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    seen = json.loads(html.unescape(re.search(r"<pre>(.*?)</pre>", done.stdout)[1]))
+    assert "CONSOLE" not in done.stderr
+    return done.stdout
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "light"), (1280, "dark")])
+def test_the_page_in_a_browser(page, width, scheme):
+    (page / "probe.html").write_text(PROBE.replace("WIDTH", str(width)))
+    colors = f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"
+    size = f"--window-size={width + 50},900"
+    shown = browse(page, "--dump-dom", colors, size, f"{page}/probe.html")
+    seen = json.loads(html.unescape(re.search(r"<pre>(.*?)</pre>", shown)[1]))
     assert seen["overflow"] == 0 and seen["lost_links"] == 0 and seen["doubled"] == []
     assert seen["drawn"] > 5 and seen["schemes"] == "light dark"
     assert seen["evidence"].startswith("evidence here") and seen["filtered"] == ["holds"]
     assert "seed" in seen["hover"] and "small-lora-" in seen["hover"]
-    assert "CONSOLE" not in done.stderr
+    assert seen["legend"][0] > seen["legend"][1] > 0, "a click in the legend shows one method"
+    assert (seen["ink"] == "rgb(255, 255, 255)") == (scheme == "dark")
+    assert seen["white"] == 0 or scheme == "light"
+
+
+@needs_browser
+@pytest.mark.skipif(shutil.which("pdftotext") is None, reason="needs pdftotext")
+def test_the_printed_page_has_every_claim(page):
+    browse(page, f"--print-to-pdf={page}/page.pdf", f"{page}/out/index.html")
+    done = subprocess.run(["pdftotext", page / "page.pdf", "-"], capture_output=True, text=True)
+    printed = re.sub(r"\W", "", done.stdout)
+    claims = json.loads((page / "out/summary.json").read_text())["claims"]
+    assert len(claims) > 20
+    for claim in claims:
+        for text in (claim["text"], claim["evidence"]):
+            assert re.sub(r"\W", "", text) in printed, text
 
 
 def test_the_page_says_where_numbers_come_from_and_what_makes_missing_ones(tmp_path):

@@ -221,7 +221,8 @@ class Comparison:
 
     def rates_command(self, *methods: str) -> str:
         """The sweep of these methods' learning rates."""
-        return rates_command(self.experiment, self.preset, methods)
+        text = rates_command(self.experiment, self.preset, methods)
+        return text if self.swept_elsewhere or not self.override else f"{text} {self.override}"
 
     def runs_of(self, *methods: str) -> list[Record]:
         """Every run of these methods: of the sweep, of other ranks and widths, diverged ones."""

@@ -164,8 +164,8 @@ def forest(gains: Sequence[Gain]) -> ReportFigure:
             at = max(-edge, min(edge, x))
             axis.plot(at, y, marker, color=look.color, fillstyle=fill, ms=7)
             if abs(x) > edge:
-                axis.annotate(f"{x:+.0f}%", (at, y), (-9, 0), textcoords="offset points",
-                              ha="right", va="center", fontsize=8)  # fmt: skip
+                axis.annotate(f"{x:+.0f}%", (at, y), (-7, 1.5), textcoords="offset points",
+                              ha="right", va="bottom", fontsize=8)  # fmt: skip
         text = f"{gain.text} {gain.scope.unit}"
         axis.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axis.axvline(0, color=INK, lw=0.8)

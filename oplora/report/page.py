@@ -20,6 +20,7 @@ from oplora.harness.runs import Record, write_atomically
 from oplora.report.style import INK
 
 HERE = Path(__file__).parent
+HUNDREDTHS = re.compile(r"(\d\.\d\d)\d+")  # of a point are enough for coordinates
 SVG = {"svg.fonttype": "none", "svg.hashsalt": "oplora", "axes.facecolor": "none"}
 
 
@@ -107,6 +108,7 @@ class ReportFigure:
         text = buffer.getvalue().decode()
         text = re.sub(r"<\?xml.*?(?=<svg)|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         text = re.sub(r'<g id="[^"]*"', "<g", text)
+        text = re.sub(r"<[^>]+>", lambda tag: HUNDREDTHS.sub(r"\1", tag[0]), text)
         text = re.sub(r'(id="|url\(#|href="#)', rf"\1{self.name}-", text)
         return re.sub(r"\s*\n\s*", "\n", text).encode()
 
