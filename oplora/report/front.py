@@ -125,7 +125,7 @@ def answer(gains: Sequence[Gain]) -> str:
         won, lost, _ = standing(starts)
         text += f"; with the text's start it is ahead in {len(won)} of {len(starts)}"
         text += (f" [{'; '.join(won)}]" if won else "") + f" and behind in {len(lost)}"
-    text += ". What to use: "
+    text += ".\n\nWhat to use: "
     if 2 * len(better) > len(gains):
         text += f"{name}, which is worth its memory in most of them."
     else:
@@ -134,7 +134,7 @@ def answer(gains: Sequence[Gain]) -> str:
         text += "." * (not better)
     tuned = [gain for gain in gains if gain.costs] or gains
     ratios = sorted(gain.rates[0] / gain.rates[1] for gain in tuned)
-    text += f" Which rate: in fine-tuning {name}'s best is {ratios[0]:.1g}"
+    text += f"\n\nWhich rate: in fine-tuning {name}'s best is {ratios[0]:.1g}"
     text += f" to {ratios[-1]:.1g}" * (ratios[0] < ratios[-1]) + f" times {base}'s; begin there."
     return text
 
