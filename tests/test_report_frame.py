@@ -95,6 +95,25 @@ def test_a_methods_role_is_what_its_file_says_not_its_name(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_figure_of_many_methods_has_panels():
+    kin = ["full", "lora", "oplora", "dora", "scale"]
+    others = ["cola", "relora", "xgblora", "rosa", "loft", "cora", "altlora"]
+    for names, panels in ((kin + others[:6], 1), (kin + others, 3)):
+        sweep = {name: {1e-3: [0.5, 0.6], 1e-2: [0.4, 0.5]} for name in names}
+        figure = over_rates("x", "", sweep, dict.fromkeys(names, 1e-2), "loss")
+        axes = figure.drawing.axes
+        drawn = [
+            [line.get_label() for line in axis.lines if not line.get_label().startswith("_")]
+            for axis in axes
+        ]
+        assert len(axes) == panels and figure.data.count(b">learning rate<") == panels
+        assert sorted({name for panel in drawn for name in panel}) == sorted(
+            titles.title(name) for name in names
+        )
+    assert [titles.title("lora") in panel for panel in drawn] == [True] * 3
+    assert list(map(len, drawn)) == [5, 7, 2]
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [("role: contrl", "contrl.*choose one of full, method, control"),

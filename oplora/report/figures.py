@@ -1,6 +1,6 @@
 """Figures of methods beside one another: over learning rates, over training, over widths."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from oplora.harness.runs import Record
+from oplora.report import titles
 from oplora.report.comparison import Comparison
 from oplora.report.page import Part, ReportFigure
 from oplora.report.rates import Sweep
@@ -18,6 +19,9 @@ from oplora.report.statistics import at_shared_steps, mean_interval
 from oplora.report.style import INK, style
 from oplora.report.tables import Groups, rate_table
 from oplora.report.titles import by_method, by_number, title
+
+FULL, FEW = 11, 6  # lines that a panel of a figure can hold, and that it can of one colour
+REFERENCE = "lora"  # stands in every panel
 
 
 def loss_curve(record: Record) -> list[list[float]]:
@@ -49,41 +53,45 @@ def over_rates(
     name: str, caption: str, sweep: Sweep, chosen: Mapping[str, float], ylabel: str
 ) -> ReportFigure:
     """Every method's result by its learning rate, mean and range over seeds."""
-    axis = _axis("learning rate", ylabel, xscale="log")
-    for method, by_rate in sweep.items():
+    figure = Figure()
+    for axis, method in _panels(figure, sweep, "learning rate", ylabel, xscale="log"):
+        by_rate, best = sweep[method], chosen[method]
         values = [numpy.array(v) for v in by_rate.values()]
         values = [v if numpy.isfinite(v).all() else v * numpy.nan for v in values]  # a gap
         means = [v.mean() for v in values]
         (line,) = axis.plot(list(by_rate), means, label=title(method), **style(method).line)
         shade(axis, line, [v.min() for v in values], [v.max() for v in values])
-        best = chosen[method]
         axis.plot(best, means[list(by_rate).index(best)], "*", color=line.get_color(), ms=12)
-    clip(axis)
-    label_ends(axis)
+    for axis in figure.axes:
+        clip(axis)
+        label_ends(axis)
     best = ", ".join(f"{title(method)} at {rate:g}" for method, rate in chosen.items())
     seeds = [len(v) for by_rate in sweep.values() for v in by_rate.values()]
     told = f"Best: {best} (stars). {caption} Mean and range; {_seeds(seeds)} a rate."
-    return ReportFigure(name, told, axis.figure)
+    return ReportFigure(name, told, figure)
 
 
 def over_training(name: str, groups: Groups, curves: Curves, scope: str) -> ReportFigure:
     """Mean and range over seeds for every method."""
-    axis, ends, seeds = _axis(curves.xlabel, curves.ylabel), {}, []
-    for method, records in groups.items():
-        lines = [line for r in records if (line := curves.points(r))]
-        if lines:
-            xs, values = at_shared_steps(lines)
-            look = style(method).line
-            (line,) = axis.plot(xs, values.mean(0), label=title(method), **look)
-            shade(axis, line, values.min(0), values.max(0))
-            ends[title(method)] = values.mean(0)[-1]
-            seeds.append(len(lines))
-    clip(axis, higher=curves.higher)
-    label_ends(axis)
+    figure, ends, seeds = Figure(), {}, []
+    drawn = {
+        method: lines
+        for method, records in groups.items()
+        if (lines := [line for r in records if (line := curves.points(r))])
+    }
+    for axis, method in _panels(figure, drawn, curves.xlabel, curves.ylabel):
+        xs, values = at_shared_steps(drawn[method])
+        (line,) = axis.plot(xs, values.mean(0), label=title(method), **style(method).line)
+        shade(axis, line, values.min(0), values.max(0))
+        ends[title(method)] = values.mean(0)[-1]
+        seeds.append(len(drawn[method]))
+    for axis in figure.axes:
+        clip(axis, higher=curves.higher)
+        label_ends(axis)
     order = sorted(ends, key=ends.get, reverse=curves.higher)
     found = ", ".join(f"{method} {ends[method]:.4g}" for method in order)
     told = f"At the end, best first: {found}. {curves.caption}; {scope}; {_seeds(seeds)}."
-    return ReportFigure(name, told, axis.figure)
+    return ReportFigure(name, told, figure)
 
 
 def over_widths(
@@ -95,7 +103,7 @@ def over_widths(
     lines: Groups,
 ) -> ReportFigure:
     """Mean and range over seeds by the MLP's width; the means of methods without one as lines."""
-    axis = _axis("width of the MLP", ylabel)
+    axis = _named(Figure(figsize=(8, 4)).subplots(), "width of the MLP", ylabel)
     for method, runs in by_method(records).items():
         values = {w: list(map(score, same)) for w, same in by_number(runs, "mlp_width").items()}
         means = [mean_interval(v)[0] for v in values.values()]
@@ -132,8 +140,24 @@ def _seeds(counts: Sequence[int]) -> str:
     return f"{many} seeds" if few == many else f"{few} to {many} seeds"
 
 
-def _axis(xlabel: str, ylabel: str, **options: str) -> Axes:
-    axis = Figure(figsize=(8, 4)).subplots()
+def _panels(
+    figure: Figure, methods: Iterable[str], xlabel: str, ylabel: str, **options: str
+) -> Iterator[tuple[Axes, str]]:
+    """Where to draw which method: too many for one panel, the families that the paper is about
+    are in the first and the others below, a few at a time and beside plain LoRA."""
+    panels = [list(methods)]
+    if len(panels[0]) > FULL:
+        others = [name for name in panels[0] if titles.method(name).family == "other"]
+        beside = [name for name in panels[0] if name == REFERENCE]
+        panels = [[name for name in panels[0] if name not in others]]
+        panels += [[*beside, *others[n : n + FEW]] for n in range(0, len(others), FEW)]
+    figure.set_size_inches(8, 4 * len(panels))
+    for axis, drawn in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        _named(axis, xlabel, ylabel, **options)
+        yield from ((axis, name) for name in drawn)
+
+
+def _named(axis: Axes, xlabel: str, ylabel: str, **options: str) -> Axes:
     axis.set(xlabel=xlabel, ylabel=ylabel, **options)
     axis.spines[["top", "right"]].set_visible(False)
     return axis
