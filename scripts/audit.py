@@ -2,9 +2,10 @@
 
 python scripts/audit.py [RUNS [TABLES]]     default: results/published and its report/tables
 
-Every learning rate that a sweep chose, every method's score with its interval and every gain of the
-first screen is computed here once more, with pandas alone, and compared with the tables as they are
-written. Exit code 1 and a line per difference, if there are any.
+Every learning rate that a sweep chose, every method's score with its interval, every gain of the
+first screen and every price of not tuning is computed here once more, with pandas alone, and
+compared with the tables as they are written. Exit code 1 and a line per difference, if there are
+any.
 """
 
 import json
@@ -38,6 +39,7 @@ def main(arguments: list[str]) -> int:
     tables = Path(arguments[1]) if len(arguments) > 1 else runs / "report" / "tables"
     every = read(runs)
     checks, gains = factorizations(every), []
+    swept: dict[str, list[pandas.DataFrame]] = {}  # preset → one for each setting
     tuned = every[every["experiment"].isin(SCORES) & ~every["variant"].str.endswith("_control")]
     for (experiment, preset, variant), group in tuned.groupby(KEYS):
         name = "_".join(filter(None, (experiment, preset, variant)))
@@ -46,6 +48,10 @@ def main(arguments: list[str]) -> int:
             same = (every["experiment"] == "sdxl") & (every["preset"] == preset)
             sweep = every[same & (every["measure"] == False)]  # noqa: E712
         best = chosen(usual(sweep[sweep["fine_tune"] != False]))  # noqa: E712
+        if set(sweep["variant"]) == {variant}:
+            swept.setdefault(preset, []).append(pandas.concat(
+                [usual(sweep[sweep["fine_tune"] != False]),  # noqa: E712
+                 group[group["fine_tune"] == False]]))  # noqa: E712  # fmt: skip
         checks += [(f"{name}_rates" if experiment != "sdxl" else f"sdxl_{preset}_rates", m, rate)
                    for m, rate in best.items()]  # fmt: skip
         final = usual(group[group["fine_tune"] != False])  # noqa: E712
@@ -65,6 +71,9 @@ def main(arguments: list[str]) -> int:
                     and len(difference := ((1 if higher else -1)
                             * (by_method[method] - by_method[base])).dropna()) > 1
                 ]  # fmt: skip
+    for preset, settings in swept.items():
+        checks += price_checks(f"price_{preset}_one_rate", settings, "loss")
+        checks += price_checks(f"price_{preset}_training", settings, "train_end")
     digits = digit_checks(every)
     checks, gains = checks + digits[0], gains + digits[1]
     differences = compared(tables, checks, gains + factorization_gains(every))
@@ -98,8 +107,12 @@ def read(runs: Path) -> pandas.DataFrame:
         kind = optimizer.get("_target_", "AdamW").rsplit(".", 1)[-1]
         row["method"] += "" if kind == "AdamW" else f"+{kind}"
         row["loss"] = metrics.get("validation_nll") or (curve[-1][1] if curve else None)
+        logged = [loss for _, loss in metrics.get("train_loss") or ()]
+        if logged:
+            last = logged[-max(1, len(logged) // 5) :]
+            row |= {"train_end": sum(last) / len(last), "train_first": logged[0]}
         if "diverged" in metrics and experiment in SCORES:
-            row["loss"] = float("inf")
+            row |= {"loss": float("inf"), "train_end": float("inf")}
         row |= pandas.json_normalize(metrics).to_dict("records")[0]
         names = [metric for metric, *_ in SCORES.get(experiment, {}).values()]
         row["scored"] = any(row.get(metric) is not None for metric in names)
@@ -121,6 +134,43 @@ def usual(runs: pandas.DataFrame) -> pandas.DataFrame:
 
 def mode(values: pandas.Series) -> float:
     return values.dropna().value_counts(sort=True).index[0]
+
+
+def mean_losses(runs: pandas.DataFrame, loss: str) -> pandas.Series:
+    """Of a method by rate, over the seeds that all its rates have."""
+    table = runs.pivot_table(loss, "lr", "seed", aggfunc="last")
+    table = table[table[table.notna().sum().idxmax()].notna()]
+    return table.dropna(axis=1).mean(axis=1)
+
+
+def price_checks(name: str, settings: list[pandas.DataFrame], loss: str) -> list[tuple]:
+    """What each method misses of every setting's gain at its one best rate for all."""
+    missed: dict[str, list[pandas.Series]] = {}
+    for runs in settings:
+        base, tuned = runs[runs["fine_tune"] == False], runs[runs["fine_tune"] != False]  # noqa: E712
+        valid = {m: mean_losses(rows, "loss") for m, rows in
+                 tuned.dropna(subset="loss").groupby("method")}  # fmt: skip
+        untrained, best = base["loss"].mean(), min(v.min() for m, v in valid.items() if m != "full")
+        if not best <= 0.99 * untrained:
+            continue  # its base model's loss is not known, or nothing was learned
+        means = valid
+        if loss == "train_end":
+            tuned = tuned.dropna(subset=loss)
+            means = {m: mean_losses(rows, loss) for m, rows in tuned.groupby("method")}
+            lowest = tuned[tuned["loss"] < float("inf")].sort_values("lr").groupby("method")
+            untrained = lowest["train_first"].first().max()
+            best = min(v.min() for m, v in means.items() if m != "full")
+        for method, values in means.items():
+            if method != "full":
+                missed.setdefault(method, []).append((values - best) / (untrained - best))
+    found = []
+    for method, each in missed.items():
+        table = pandas.concat(each, axis=1, join="inner")
+        if len(each) > 1 and len(table):
+            at = table.loc[table.mean(axis=1).idxmin()]
+            cells = {"rate": f"{at.name:g}", "mean": f"{at.mean():.0%}", "worst": f"{at.max():.0%}"}
+            found += [(name, method, column, text) for column, text in cells.items()]
+    return found
 
 
 def chosen(sweep: pandas.DataFrame) -> dict[str, float]:

@@ -35,6 +35,7 @@ def test_the_published_tables_are_what_the_runs_say(audit, capsys):
         ("vl_bart_small_rates", "*", ""),  # a chosen rate
         ("mf_summary", "0.06", "0.05"),
         ("which", "±", "+-"),
+        ("price_small_training", "4%", "5%"),
     ],
 )
 def test_a_number_that_is_not_the_runs_is_found(audit, tmp_path, capsys, table, old, new):
