@@ -16,6 +16,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from oplora.harness.precision import use_in_configs
+
+use_in_configs()
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SUMMARY = CONFIGS.parent / "results" / "published" / "report" / "summary.json"
 NUMBERS = {  # options that are numbers: (whole ones alone?, the least)
