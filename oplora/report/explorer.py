@@ -1,5 +1,7 @@
 """The rate explorer: every swept run as a dot, in Vega-Lite, which the page carries with it."""
 
+import base64
+import gzip
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +22,7 @@ CAPTION = (
     "by learning rate. Dots: seeds; line and band: mean and range. Choose a setting and metric; a "
     "click on a name in the legend (shift: several) shows it alone; a click on a dot opens its run."
 )
+HERE = Path(__file__).parent
 VEGA_DASHES = {"-": [1, 0], "--": [6, 3], ":": [2, 2]}
 
 
@@ -49,19 +52,24 @@ def explorer(root: Path, comparisons: Sequence[Comparison]) -> Script | None:
 
 
 def code(frame: pandas.DataFrame) -> str:
-    """Bundle, specification and data."""
+    """Bundle, specification and data, packed: a third of their size."""
     names = in_order(frame["method"])
     frame = frame.assign(method=frame["method"].map(title))
     shown = frame.groupby("shown", sort=False)["rate"].nunique()
     spec = chart(shown.sort_values(ascending=False, kind="stable").index.tolist(), names).to_dict()
     spec["datasets"] = {"runs": frame.to_dict("records")}
-    texts = (
-        vl_convert.javascript_bundle(),
-        f"const spec = {json.dumps(spec, sort_keys=True, separators=(',', ':'))};",
-        Path(__file__).with_name("explorer.js").read_text(encoding="utf-8"),
+    script = "\n".join(
+        (
+            vl_convert.javascript_bundle(),
+            f"const spec = {json.dumps(spec, sort_keys=True, separators=(',', ':'))};",
+            (HERE / "explorer.js").read_text(encoding="utf-8"),
+        )
     )
-    script = "\n".join(text.replace("</script", r"<\/script") for text in texts)
-    return f'<div id="vega"></div><script type="module">{script}</script>'
+    packed = base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
+    return (
+        f'<div id="vega"></div><script type="text/plain" id="packed">{packed}</script>'
+        f'<script type="module">\n{(HERE / "unpack.js").read_text(encoding="utf-8")}</script>'
+    )
 
 
 def chart(shown: list[str], names: list[str]) -> altair.LayerChart:
