@@ -47,11 +47,12 @@ def main(arguments: list[str]) -> int:
         if experiment == "sdxl":  # all styles take the rates that were chosen on one of them
             same = (every["experiment"] == "sdxl") & (every["preset"] == preset)
             sweep = every[same & (every["measure"] == False)]  # noqa: E712
-        best = chosen(usual(sweep[sweep["fine_tune"] != False]))  # noqa: E712
-        if set(sweep["variant"]) == {variant}:
-            swept.setdefault(preset, []).append(pandas.concat(
-                [usual(sweep[sweep["fine_tune"] != False]),  # noqa: E712
-                 group[group["fine_tune"] == False]]))  # noqa: E712  # fmt: skip
+        own_sweep = set(sweep["variant"]) == {variant}
+        sweep = usual(sweep[sweep["fine_tune"] != False])  # noqa: E712
+        best = chosen(sweep)
+        if own_sweep:
+            base = group[group["fine_tune"] == False]  # noqa: E712
+            swept.setdefault(preset, []).append(pandas.concat([sweep, base]))
         checks += [(f"{name}_rates" if experiment != "sdxl" else f"sdxl_{preset}_rates", m, rate)
                    for m, rate in best.items()]  # fmt: skip
         final = usual(group[group["fine_tune"] != False])  # noqa: E712
@@ -136,33 +137,35 @@ def mode(values: pandas.Series) -> float:
     return values.dropna().value_counts(sort=True).index[0]
 
 
-def mean_losses(runs: pandas.DataFrame, loss: str) -> pandas.Series:
-    """Of a method by rate, over the seeds that all its rates have."""
-    table = runs.pivot_table(loss, "lr", "seed", aggfunc="last")
-    table = table[table[table.notna().sum().idxmax()].notna()]
-    return table.dropna(axis=1).mean(axis=1)
+def by_seed(runs: pandas.DataFrame, loss: str) -> dict[str, pandas.DataFrame]:
+    """Method → its loss by rate and seed, of the rates that have its usual seed."""
+    tables = {method: rows.pivot_table(loss, "lr", "seed", aggfunc="last")
+              for method, rows in runs.dropna(subset=loss).groupby("method")}  # fmt: skip
+    return {m: t[t[t.notna().sum().idxmax()].notna()] for m, t in tables.items()}
+
+
+def adapter_losses(runs: pandas.DataFrame, loss: str) -> dict[str, pandas.Series]:
+    """Method → its mean loss by rate, over the seeds that all its rates have."""
+    tables = by_seed(runs[runs["method"] != "full"], loss)
+    return {method: table.dropna(axis=1).mean(axis=1) for method, table in tables.items()}
 
 
 def price_checks(name: str, settings: list[pandas.DataFrame], loss: str) -> list[tuple]:
     """What each method misses of every setting's gain at its one best rate for all."""
     missed: dict[str, list[pandas.Series]] = {}
     for runs in settings:
-        base, tuned = runs[runs["fine_tune"] == False], runs[runs["fine_tune"] != False]  # noqa: E712
-        valid = {m: mean_losses(rows, "loss") for m, rows in
-                 tuned.dropna(subset="loss").groupby("method")}  # fmt: skip
-        untrained, best = base["loss"].mean(), min(v.min() for m, v in valid.items() if m != "full")
-        if not best <= 0.99 * untrained:
+        tuned = runs[runs["fine_tune"] != False]  # noqa: E712
+        untrained = runs.loc[runs["fine_tune"] == False, "loss"].mean()  # noqa: E712
+        losses = adapter_losses(tuned, "loss")
+        if not min(map(min, losses.values()), default=float("inf")) <= 0.99 * untrained:
             continue  # its base model's loss is not known, or nothing was learned
-        means = valid
         if loss == "train_end":
-            tuned = tuned.dropna(subset=loss)
-            means = {m: mean_losses(rows, loss) for m, rows in tuned.groupby("method")}
+            losses = adapter_losses(tuned, loss)
             lowest = tuned[tuned["loss"] < float("inf")].sort_values("lr").groupby("method")
             untrained = lowest["train_first"].first().max()
-            best = min(v.min() for m, v in means.items() if m != "full")
-        for method, values in means.items():
-            if method != "full":
-                missed.setdefault(method, []).append((values - best) / (untrained - best))
+        best = min(map(min, losses.values()))
+        for method, values in losses.items():
+            missed.setdefault(method, []).append((values - best) / (untrained - best))
     found = []
     for method, each in missed.items():
         table = pandas.concat(each, axis=1, join="inner")
@@ -179,9 +182,7 @@ def chosen(sweep: pandas.DataFrame) -> dict[str, float]:
     If it and others were run with more seeds, over those that these share.
     """
     best = {}
-    for method, runs in sweep.dropna(subset="loss").groupby("method"):
-        table = runs.pivot_table("loss", "lr", "seed", aggfunc="last")
-        table = table[table[table.notna().sum().idxmax()].notna()]
+    for method, table in by_seed(sweep, "loss").items():
         shared = table.dropna(axis=1)
         best[method] = float(shared.mean(axis=1).idxmin())
         more = table[table.notna().sum(axis=1) > shared.shape[1]]

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from oplora.harness import precision
 
@@ -31,13 +30,11 @@ def test_a_config_says_what_was_computed_in(monkeypatch, has):
     monkeypatch.setattr(precision, "computes_in_bfloat16", lambda: has)
     precision.use_in_configs()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        tiny = {
-            name: OmegaConf.to_container(compose(name, ["preset=small", "method=lora"]))
+        sdxl, subjects, llava = (
+            compose(name, ["preset=small", "method=lora"])
             for name in ("sdxl", "subjects", "llava_cars")
-        }
-    for name in ("sdxl", "subjects"):
-        cfg = OmegaConf.create({k: tiny[name][k] for k in ("training", "generate")})
+        )
+    for cfg in (sdxl, subjects):
         assert cfg.training.bf16 is has
         assert cfg.generate.autocast == ("bfloat16" if has else None)
-    path = OmegaConf.create(tiny["llava_cars"]["model"]["dtype"]).path
-    assert path == ("torch.bfloat16" if has else "torch.float32")
+    assert llava.model.dtype.path == ("torch.bfloat16" if has else "torch.float32")

@@ -1,4 +1,4 @@
-"""Bfloat16 where the processor has it: emulated, it takes up to four times as long as float32."""
+"""Bfloat16 where the processor has it: emulated, it is slower than float32."""
 
 import torch
 from omegaconf import OmegaConf

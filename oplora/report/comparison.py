@@ -67,8 +67,12 @@ class Comparison:
     @property
     def setting(self) -> str:
         """What the chosen rates belong to: the preset, and the variant that was swept by itself."""
-        own = bool(self.override) and self.swept is None
-        return f"{self.preset} {self.override}" if own else self.preset
+        return " ".join(filter(None, (self.preset, self._own_override)))
+
+    @property
+    def _own_override(self) -> str:
+        """That of a variant that was swept by itself."""
+        return self.override if self.swept is None else ""
 
     @property
     def own_sweep(self) -> bool:
@@ -222,7 +226,7 @@ class Comparison:
     def rates_command(self, *methods: str) -> str:
         """The sweep of these methods' learning rates."""
         text = rates_command(self.experiment, self.preset, methods)
-        return text if self.swept_elsewhere or not self.override else f"{text} {self.override}"
+        return " ".join(filter(None, (text, self._own_override)))
 
     def runs_of(self, *methods: str) -> list[Record]:
         """Every run of these methods: of the sweep, of other ranks and widths, diverged ones."""

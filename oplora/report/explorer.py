@@ -52,7 +52,7 @@ def explorer(root: Path, comparisons: Sequence[Comparison]) -> Script | None:
 
 
 def code(frame: pandas.DataFrame) -> str:
-    """Bundle, specification and data, packed: a third of their size."""
+    """Bundle, specification and data, packed, as the bundle is large."""
     names = in_order(frame["method"])
     frame = frame.assign(method=frame["method"].map(title))
     shown = frame.groupby("shown", sort=False)["rate"].nunique()
