@@ -1,13 +1,12 @@
 """Re-derive the report's headline numbers from the raw runs, without any of the report's code.
 
-python scripts/audit.py [RUNS [TABLES]]     default: results/published and its report/tables
-
 Every learning rate that a sweep chose, every method's score with its interval, every gain of the
 first screen and every price of not tuning is computed here once more, with pandas alone, and
 compared with the tables as they are written. Exit code 1 and a line per difference, if there are
 any.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -34,9 +33,12 @@ SCORES = {  # experiment → column of its table of results: metric, factor, dig
 KEYS = ["experiment", "preset", "variant"]
 
 
-def main(arguments: list[str]) -> int:
-    runs = Path(arguments[0]) if arguments else PUBLISHED
-    tables = Path(arguments[1]) if len(arguments) > 1 else runs / "report" / "tables"
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="?", type=Path, default=PUBLISHED, help="default: published")
+    parser.add_argument("tables", nargs="?", type=Path, help="default: RUNS/report/tables")
+    given = parser.parse_args(arguments)
+    runs, tables = given.runs, given.tables or given.runs / "report" / "tables"
     every = read(runs)
     checks, gains = factorizations(every), []
     swept: dict[str, list[pandas.DataFrame]] = {}  # preset → one for each setting
@@ -317,4 +319,4 @@ def compared(tables: Path, checks: list[tuple], gains: list[tuple[str, str, str]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,8 +1,9 @@
 """What every paper preset needs on one GPU, by its dry run: results/benchmarks/paper_scale.json.
 
-python scripts/expected_costs.py; scripts/report.py renders it into docs/experiments.md.
+scripts/report.py renders it into docs/experiments.md.
 """
 
+import argparse
 import json
 import runpy
 from pathlib import Path
@@ -25,6 +26,7 @@ TABLES = {  # their methods, and options of the largest runs
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     rows = []
     for experiment, (methods, options) in TABLES.items():
         script = runpy.run_path(str(ROOT / "experiments" / f"{experiment}.py"))

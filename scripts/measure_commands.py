@@ -4,6 +4,7 @@ Also `pip install .` in a bare environment, with one training step. The committe
 cloned; writes results/benchmarks/commands.json.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -30,6 +31,7 @@ assert sys.prefix in oplora.__file__, f"{oplora.__file__} is not what pip instal
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     facts = environment()
     clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
     with tempfile.TemporaryDirectory() as folder:

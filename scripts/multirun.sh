@@ -3,6 +3,7 @@
 # LAUNCHER=joblib (JOBS runs at once), basic (one after another: the default of preset=paper, where
 # a run fills a GPU), or submitit_slurm on a cluster.
 set -uom pipefail # m: every job is a process group of its own, which can be ended whole
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \?//p' "$0"; exit ;; esac # its first comment
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 status=0 jobs=()
 known="commonsense, vl_bart, sdxl, llava_cars, glue or subjects"

@@ -1,11 +1,11 @@
 """One line while scripts/reproduce.sh works: run 19 of 26, about 12 min left.
 
-python scripts/progress.py RUNS matrix_factorization=15 vl_bart=2 …     until it is ended
-
 The time left is what the published runs of the same experiments took, at the pace of the finished
-ones so far. On a terminal the line is renewed, elsewhere it is written once a run.
+ones so far. On a terminal the line is renewed, elsewhere it is written once a run. It works until
+it is ended.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -41,9 +41,12 @@ def line(plan: dict[str, int], takes: dict[str, float], begun: Counter, done: Co
     return f"run {min(ready + 1, total)} of {total}, about {left * pace / 60:.0f} min left"
 
 
-def main(arguments: list[str]) -> None:
-    runs = Path(arguments[0])
-    plan = {name: int(count) for name, count in (a.split("=") for a in arguments[1:])}
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("plan", nargs="+", help="EXPERIMENT=COUNT, as vl_bart=3")
+    given = parser.parse_args()
+    runs, plan = given.runs, {k: int(count) for k, count in (p.split("=") for p in given.plan)}
     takes = {name: seconds(name) for name in plan}
     begun, start, shown = finished(runs, plan), time.monotonic(), None
     while True:
@@ -58,4 +61,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,9 +1,6 @@
-"""Run the notebooks and store them with what they show, without what is written to stderr.
+"""Run the notebooks and store them with what they show, without what is written to stderr."""
 
-python scripts/run_notebooks.py [notebooks/NAME.ipynb …]      default: all
-"""
-
-import sys
+import argparse
 from pathlib import Path
 
 import nbformat
@@ -12,8 +9,10 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 
 
-def main(paths: list[str]) -> None:
-    for path in map(Path, paths or sorted(map(str, FOLDER.glob("*.ipynb")))):
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of notebooks/")
+    for path in parser.parse_args().notebooks or sorted(FOLDER.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         where = {"metadata": {"path": str(FOLDER)}}
         NotebookClient(notebook, timeout=600, resources=where).execute()
@@ -31,4 +30,4 @@ def clean(notebook: nbformat.NotebookNode) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

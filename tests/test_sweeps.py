@@ -226,3 +226,14 @@ def test_a_failed_grid_is_told_by_the_scripts_exit_code():
     command = ["bash", str(ROOT / "scripts" / "sweep_seeds.sh"), "vl_bart", "lora=1", "dora=1"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and done.stdout.count("== vl_bart") == 1 + 2
+
+
+@pytest.mark.parametrize(
+    "script", sorted(ROOT.glob("scripts/sweep_*.sh")), ids=lambda path: path.name
+)
+def test_help_starts_nothing(script, tmp_path):
+    done = subprocess.run(
+        ["bash", script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert f"scripts/{script.name}" in done.stdout
