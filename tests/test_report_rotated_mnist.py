@@ -105,3 +105,13 @@ def test_missing_batches_are_asked_for_whole(tmp_path):
     assert found["eq3"].command == wanted
     (paper,) = [c for c in report.build(tmp_path).claims if c.text.startswith("All claims on rot")]
     assert paper.command == "python experiments/rotated_mnist.py --multirun method=lora,oplora"
+
+
+def test_generators_stand_beside_one_another(runs):
+    store_mnist(runs, "oplora_linear", OPLORA)
+    parts = [p for p in report.build(runs).parts if getattr(p, "name", "") == "ablation_small"]
+    (row,) = parts[0].rows
+    assert row.cells["OP-LoRA, no ReLU"] == row.cells["OP-LoRA"] == "0.800 ± 0.248 (3)"
+    wanted = "python experiments/rotated_mnist.py --multirun preset=small method=oplora_scalar"
+    assert row.cells["LoRA, one learned scale"].command == wanted
+    assert row.cells["HyperLoader"] is None and row.cells["the MLP over one number"] is None

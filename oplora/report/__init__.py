@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from oplora.harness.runs import Record, load_runs
-from oplora.report import across, against, benchmarks, claims, front, price, provenance
+from oplora.report import ablation, across, against, benchmarks, claims, front, price, provenance
 from oplora.report.comparison import Comparison
 from oplora.report.explorer import explorer
 from oplora.report.page import (
@@ -56,7 +56,7 @@ class Report:
 
     @cached_property
     def results(self) -> list:
-        """Of every experiment: its comparisons, section, claims, gains, standings, sensitivity."""
+        """Of every experiment: what `oplora.report.experiment` lists."""
         return [experiment.read(self.records) for experiment in experiments()]
 
     @property
@@ -92,6 +92,8 @@ class Report:
         gains = [gain for results in self.results for gain in results.gains()]
         shown = filter(None, [explorer(self.root, self.comparisons)])
         untuned = price.parts(self.comparisons)
+        every = [c for results in self.results for c in results.swept]
+        generators = ablation.section(every)
         yours = [Section("Your runs", [self.against])] if self.against else []
         return [
             *yours,
@@ -103,6 +105,7 @@ class Report:
                 [row for results in self.results for row in results.sensitivity()],
                 [method for experiment in experiments() for method in experiment.stand_ins],
             ),
+            *([generators] if generators else []),
             *own,
             *([speed] if speed else []),
             deviations(),

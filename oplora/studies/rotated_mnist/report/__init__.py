@@ -9,6 +9,7 @@ from oplora.report import across
 from oplora.report.against import Measured
 from oplora.report.against import measured as measured_of
 from oplora.report.claims import Claim
+from oplora.report.comparison import Comparison
 from oplora.report.front import Gain, gains_of
 from oplora.report.metrics import Column
 from oplora.report.page import Part, Row, Section, Table
@@ -67,6 +68,10 @@ class Results:
     batches: list[Batch]
     comparisons: tuple = ()  # of test results over seeds and domains: here it is a training loss
 
+    @property
+    def swept(self) -> list[Comparison]:
+        return [batch.comparison for batch in self.batches]
+
     def claims(self) -> list[Claim]:
         return claims(self.batches)
 
@@ -92,16 +97,16 @@ class Results:
         ]
 
     def gains(self) -> list[Gain]:
-        return [gain for batch in self.batches for gain in gains_of(batch.comparison)]
+        return [gain for c in self.swept for gain in gains_of(c)]
 
     def measured(self) -> list[Measured]:
-        return [each for batch in self.batches for each in measured_of(batch.comparison)]
+        return [each for c in self.swept for each in measured_of(c)]
 
     def standings(self) -> list[Row]:
         return []  # none of the controls was run
 
     def sensitivity(self) -> list[Row]:
-        return [row for batch in self.batches for row in across.sensitivity_of(batch.comparison)]
+        return [row for c in self.swept for row in across.sensitivity_of(c)]
 
 
 def results(batch: Batch) -> list[Row]:
