@@ -13,7 +13,6 @@ with running means, bias-corrected as Adam's. A line search is short-sighted: wh
 cost at first what they gain at the end, s stays below the rate that is best for a whole training.
 """
 
-import math
 from collections.abc import Iterable
 from itertools import chain, islice
 from typing import Any
@@ -25,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from oplora.arguments import blocks_of, check_adamw
+from oplora.rank1 import adamw_
 from oplora.saving import load_uncast
 from oplora.tensors import check_gradients, check_tensor, local, state_dtype
 
@@ -92,66 +92,52 @@ class ScaleAdamW(Optimizer):
 
     def _update(self, group: dict, blocks: list[list[Tensor]], dtype: torch.dtype):
         """One step of blocks of one device and dtype of state."""
-        tensors = [tensor for block in blocks for tensor in block]
-        states = [self._state_of(tensor, dtype) for tensor in tensors]
-        theta = [self._theta(t, state) for t, state in zip(tensors, states, strict=True)]
-        g = [local(t.grad).to(dtype) for t in tensors]
-        if group["maximize"]:
-            g = torch._foreach_neg(g)
-        m, v, start = (
-            [local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq", "start")
-        )
-        beta1, beta2 = group["betas"]
-        for state in states:
+        states = [[self._state_of(t, dtype) for t in block] for block in blocks]
+        theta = [list(map(self._theta, *pair)) for pair in zip(blocks, states, strict=True)]
+        g = [[local(t.grad).to(dtype) for t in block] for block in blocks]
+        for state in chain(*states):
             state["step"] += 1
-        first, second = (
-            [1 - beta ** state["step"].item() for state in states] for beta in group["betas"]
-        )
-        torch._foreach_lerp_(m, g, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - beta2)
-        n = torch._foreach_sqrt(v)
-        torch._foreach_div_(n, [math.sqrt(correction) for correction in second])
-        torch._foreach_add_(n, group["eps"])
-        n = torch._foreach_div(torch._foreach_div(m, first), n)
-        if group["weight_decay"]:
-            torch._foreach_add_(n, theta, alpha=group["weight_decay"])
-        log_scales = [state["log_scale"] for state in states]
         if group["scaled"]:
-            came = torch._foreach_sub(theta, start)
-            u = self._line_search(group, [len(block) for block in blocks], g, came, states)
-            torch._foreach_add_(log_scales, list(group["eta"] * u))
-        torch._foreach_mul_(n, [scale.exp() for scale in log_scales])
-        torch._foreach_add_(theta, n, alpha=-group["lr"])
-        for tensor, value in zip(tensors, theta, strict=True):
+            self._line_search(group, theta, g, states)
+        scales = torch.stack([of_block[0]["log_scale"] for of_block in states]).exp().tolist()
+        adam = {key: group[key] for key in ("betas", "eps", "weight_decay", "maximize")}
+        for values, gradients, of_block, scale in zip(theta, g, states, scales, strict=True):
+            moments = ([local(s[name]) for s in of_block] for name in ("exp_avg", "exp_avg_sq"))
+            steps = [s["step"].to(values[0].device) for s in of_block]
+            plain = all(t.is_contiguous() for t in chain(values, gradients))
+            fused = None if plain else False  # its kernel goes over memory as it lies
+            rate = group["lr"] * scale
+            adamw_(values, gradients, *moments, steps, lr=rate, fused=fused, **adam)
+        for tensor, value in zip(chain(*blocks), chain(*theta), strict=True):
             if value.dtype != tensor.dtype:
                 local(tensor).copy_(value)
 
-    def _line_search(self, group, sizes, g, came, states) -> Tensor:
-        """u lr_t / lr_0 for every tensor, the same within a block."""
-        products = [
-            torch.stack([torch.sum(a * d), torch.sum(d * d)]) for a, d in zip(g, came, strict=True)
-        ]
-        block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-        block = block.to(products[0].device)
-        sums = products[0].new_zeros(len(sizes), 2).index_add_(0, block, torch.stack(products))
+    def _line_search(self, group: dict, theta: list, g: list, states: list):
+        """Move log s of every tensor, alike within a block."""
+        each, sizes = list(chain(*states)), torch.tensor(list(map(len, states)))
+        along = chain.from_iterable(map(_along, chain(*g), chain(*theta), each))
+        sums = torch.stack(list(along)).view(-1, 2)
+        block = torch.arange(len(sizes)).repeat_interleave(sizes).to(sums.device)
+        sums = sums.new_zeros(len(sizes), 2).index_add_(0, block, sums)
         mesh = next((t.device_mesh for t in group["params"] if isinstance(t, DTensor)), None)
         if mesh is not None:
             dist.all_reduce(sums, group=mesh.get_group())
         product, squared = sums[block].unbind(1)
         q = torch.where(squared > 0, -product / squared.sqrt(), 0)
+        q = -q if group["maximize"] else q
         # the first step has no way to look back on
-        steps = q.new_tensor([max(1.0, state["step"].item() - 1) for state in states])
+        steps = q.new_tensor([max(1.0, state["step"].item() - 1) for state in each])
         means = []
         for name, value, beta in zip(
             ("q", "q_squared"), (q, q * q), group["line_betas"], strict=True
         ):
-            running = [state[name] for state in states]
+            running = [state[name] for state in each]
             torch._foreach_lerp_(running, list(value), 1 - beta)
             means.append(torch.stack(running) / (1 - beta**steps))
         u = torch.where(means[1] > 0, means[0] / means[1].sqrt(), 0).clamp(-1, 1)
         highest = group.get("initial_lr", group["lr"])  # a scheduler's
-        return u * (min(1.0, group["lr"] / highest) if highest else 0.0)
+        u *= group["eta"] * (min(1.0, group["lr"] / highest) if highest else 0.0)
+        torch._foreach_add_([state["log_scale"] for state in each], list(u))
 
     def _state_of(self, tensor: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         state = self.state[tensor]
@@ -186,3 +172,9 @@ class ScaleAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]):
         """Resume exactly, with the state's own dtypes."""
         load_uncast(self, state_dict, super().load_state_dict)
+
+
+def _along(g: Tensor, theta: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """<g, D> and |D|^2 of a tensor, which stays in the cache meanwhile."""
+    way = theta - local(state["start"])
+    return (g * way).sum(), way.square_().sum()

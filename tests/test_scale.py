@@ -126,6 +126,15 @@ def test_bf16_tensors_move_though_a_step_is_below_their_rounding():
     assert data[0][0].tolist() == [2.0] * 3
 
 
+def test_large_gradients_are_no_fault():
+    """Though their squares overflow: an ordinary AdamW takes them, too."""
+    tensor = nn.Parameter(torch.ones(3))
+    optimizer = oplora.ScaleAdamW([tensor], lr=1e-2)
+    tensor.grad = torch.full((3,), 1e30)
+    optimizer.step()
+    assert tensor.isfinite().all()
+
+
 def test_nan_in_a_gradient_changes_nothing_and_is_named():
     data = blocks()
     optimizer = oplora.ScaleAdamW([[("A", data[0][0]), ("B", data[0][1])]], lr=1e-3)
