@@ -191,7 +191,8 @@ def adapt(
     steps = epochs * per_epoch
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
     losses, snapshots, marks = [], [], [round(i * steps / points) for i in range(points + 1)]
-    for step in tqdm(range(steps + 1), progress, disable=progress is None, mininterval=2):
+    silent = None if progress else True  # None: where there is no terminal
+    for step in tqdm(range(steps + 1), progress, disable=silent, mininterval=2):
         thetas = [stack.theta for stack in stacks]
         if step in marks:
             snapshots.append([theta.clone() for theta in thetas])
