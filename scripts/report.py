@@ -48,8 +48,9 @@ def main() -> int:
 def fill_texts(report: Report, paths: Iterable[Path]) -> None:
     """Tables and statements between markers, the list of files, and the measured commands."""
     prices = [f"price_small{part}" for part in ("", "_one_rate", "_training")]
-    ablation = ("ablation_small", "ablation_small_told")
-    texts = dict.fromkeys(("answer", "which", *prices, *ablation), "Not run yet: `make reproduce`.")
+    texts = dict.fromkeys(("answer", "which", *prices), "Not run yet: `make reproduce`.")
+    generators = "Not run yet: `scripts/sweep_learning_rates.sh vl_bart method=oplora_scalar`."
+    texts |= dict.fromkeys(("ablation_small", "ablation_small_told"), generators)
     texts |= dict.fromkeys(("memory", "state_file"), "Not measured yet: `make benchmark`.")
     texts |= {
         name: f"Not run yet: `scripts/sweep_learning_rates.sh {experiment.name}`, then "

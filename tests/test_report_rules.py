@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from oplora.harness.runs import Record
-from oplora.report import ablation, across, claims, price, rules
+from oplora.report import across, claims, price, rules
 from oplora.report.comparison import NOTHING_LEARNED, Comparison
 from oplora.report.metrics import Score
 from oplora.report.rates import good_rates, loss_at
@@ -324,28 +324,3 @@ def test_consistent_gains_need_two_experiments_and_all_of_them():
             for experiment, scores in parts
         ]
         assert claims.consistent(compared).verdict == verdict
-
-
-@pytest.mark.parametrize(
-    ("mlp", "told"),
-    [
-        ([1.8, 1.9, 2.0], "ahead of one learned number a layer in 1 of 1"),  # by 0.1 each time
-        ([2.0, 2.1, 2.2], "and behind in 1,"),
-        ([1.7, 2.1, 1.9], "and in 1 the seeds do not tell"),  # by 0.2, -0.1 and 0.2
-    ],
-)
-def test_what_the_mlp_adds_is_told_by_the_seeds_that_both_have(mlp, told):
-    losses = {"lora": [2.2, 2.3, 2.4], "oplora_scalar": [1.9, 2.0, 2.1], "oplora": mlp}
-    runs = [
-        run(m, 1e-2, seed, loss) for m, each in losses.items() for seed, loss in enumerate(each)
-    ]
-    runs += [run("oplora", 1e-2, 3, 9.0), run("lora", 1e-1, 0, 5.0)]
-    base = [run("base", 0.0, loss=3.0, fine_tune=False)]
-    c = replace(comparison({}), records=runs, base=base)
-    cells = ablation.row(c).cells
-    assert cells["LoRA, one learned scale"] == "2.000 ± 0.248 (3)"
-    assert cells["one number over LoRA"] == "+0.300 ± 0.000 (3)"
-    assert cells["HyperLoader"].command.startswith("scripts/sweep_learning_rates.sh vl_bart")
-    assert told in ablation.sentence([c])
-    alone = [r for r in runs if r.config["method"]["name"] != "oplora_scalar"]
-    assert ablation.section([c]) and ablation.section([replace(c, records=alone)]) is None

@@ -92,8 +92,7 @@ class Report:
         gains = [gain for results in self.results for gain in results.gains()]
         shown = filter(None, [explorer(self.root, self.comparisons)])
         untuned = price.parts(self.comparisons)
-        every = [c for results in self.results for c in results.swept]
-        generators = ablation.section(every)
+        generators = ablation.section([c for each in self.results for c in each.settings])
         yours = [Section("Your runs", [self.against])] if self.against else []
         return [
             *yours,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from oplora.report.comparison import Comparison
 from oplora.report.page import Missing, Part, Row, Section, Statement, Table
-from oplora.report.statistics import mean_interval, shown
+from oplora.report.statistics import ahead, shown
 from oplora.report.titles import method, title
 
 NOTHING, ONE_NUMBER, MLP = "lora", "oplora_scalar", "oplora"
@@ -60,18 +60,16 @@ def row(c: Comparison) -> Row:
 
 def sentence(found: Sequence[Comparison]) -> str:
     """In how many settings the MLP is ahead of one number a layer."""
-    ahead, behind, unclear = [], [], []
+    told = {1: [], -1: [], 0: []}
     for c in found:
         gains = below(c, MLP, ONE_NUMBER)
         if len(gains) > 1:
-            mean, half = mean_interval(gains)
-            where = ahead if mean > half else behind if mean < -half else unclear
-            where.append(f"{c.scope.column} {shown(gains, 3, '+')}")
-    if not (several := len([*ahead, *behind, *unclear])):
+            told[ahead(gains)].append(f"{c.scope.column} {shown(gains, 3, '+')}")
+    listed = [text for texts in told.values() for text in texts]
+    if not listed:
         return "Over one learned number a layer: too few seeds."
-    listed = "; ".join([*ahead, *behind, *unclear])
     return (
         "By the loss, each at its own best rate, the MLP is ahead of one learned number a layer in "
-        f"{len(ahead)} of {several} settings and behind in {len(behind)}, and in {len(unclear)} "
-        f"the seeds do not tell [{listed}]."
+        f"{len(told[1])} of {len(listed)} settings and behind in {len(told[-1])}, and in "
+        f"{len(told[0])} the seeds do not tell [{'; '.join(listed)}]."
     )

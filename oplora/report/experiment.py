@@ -2,7 +2,7 @@
 
 A room of oplora.studies takes part through a module `report` with an object EXPERIMENT: an
 `Experiment`, or anything else with its `name`, `order`, `readme`, `stand_ins` and `read`, which
-gives what `FineTuning` has: comparisons, swept, section, claims, gains, measured, standings,
+gives what `FineTuning` has: comparisons, settings, section, claims, gains, measured, standings,
 sensitivity.
 """
 
@@ -134,7 +134,7 @@ class FineTuning:
         return compare(self.records)
 
     @property
-    def swept(self) -> list[Comparison]:
+    def settings(self) -> list[Comparison]:
         """One of each scale, whose losses over the rates may be told."""
         return one_per_scale(self.comparisons)
 
@@ -149,7 +149,7 @@ class FineTuning:
         return Section(experiment.title, [*experiment.intro, paper, *parts])
 
     def _parts(self) -> list[Part]:
-        return [part for c in self.swept for part in self.experiment.parts(c)]
+        return [part for c in self.settings for part in self.experiment.parts(c)]
 
     def claims(self) -> list[Claim]:
         return of_experiment(self.experiment.theses, self.experiment.name, self.comparisons)
@@ -164,7 +164,7 @@ class FineTuning:
         return [row for c in self.comparisons for row in across.standing(c)]
 
     def sensitivity(self) -> list[Row]:
-        return [row for c in self.swept for row in across.sensitivity_of(c)]
+        return [row for c in self.settings for row in across.sensitivity_of(c)]
 
 
 def unscored(c: Comparison) -> str:

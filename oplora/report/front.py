@@ -10,7 +10,7 @@ from oplora.harness.runs import Record
 from oplora.report import rules
 from oplora.report.comparison import Comparison
 from oplora.report.page import Part, ReportFigure, Row, Statement, Table
-from oplora.report.statistics import mean_interval, shown
+from oplora.report.statistics import ahead, mean_interval, shown
 from oplora.report.style import INK, style
 from oplora.report.titles import Scope, method, title
 
@@ -49,9 +49,8 @@ class Gain:
 
     @property
     def ahead(self) -> int:
-        """1: the interval lies above zero, -1: below, 0: it holds zero."""
-        low, high = self.interval
-        return (low > 0) - (high < 0)
+        """By the seeds: 1, -1 where it is behind, 0 where they do not tell."""
+        return ahead(self.values)
 
     @property
     def text(self) -> str:

@@ -71,6 +71,12 @@ def mean_height(curve: Sequence[tuple[float, float]]) -> float:
     return float(trapezoid(y, x) / (x[-1] - x[0]))
 
 
+def ahead(values: Sequence[float]) -> int:
+    """Of differences. 1: the 95% interval lies above zero, -1: below, 0: it holds zero."""
+    mean, half = mean_interval(values)
+    return (mean - half > 0) - (mean + half < 0)
+
+
 def shown(values: Sequence[float], digits: int, sign: str = "") -> str | None:
     """ "71.2 ± 0.8 (3)": mean, half-width and number of values; None where there is none.
 

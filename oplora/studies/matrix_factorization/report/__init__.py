@@ -64,7 +64,7 @@ class Results:
 
     studies: Studies
     comparisons: tuple[Comparison, ...] = ()  # nothing is fine-tuned
-    swept: tuple[Comparison, ...] = ()
+    settings: tuple[Comparison, ...] = ()
 
     @cached_property
     def complete(self) -> Studies:

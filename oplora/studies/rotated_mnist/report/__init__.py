@@ -69,7 +69,7 @@ class Results:
     comparisons: tuple = ()  # of test results over seeds and domains: here it is a training loss
 
     @property
-    def swept(self) -> list[Comparison]:
+    def settings(self) -> list[Comparison]:
         return [batch.comparison for batch in self.batches]
 
     def claims(self) -> list[Claim]:
@@ -97,16 +97,16 @@ class Results:
         ]
 
     def gains(self) -> list[Gain]:
-        return [gain for c in self.swept for gain in gains_of(c)]
+        return [gain for c in self.settings for gain in gains_of(c)]
 
     def measured(self) -> list[Measured]:
-        return [each for c in self.swept for each in measured_of(c)]
+        return [each for c in self.settings for each in measured_of(c)]
 
     def standings(self) -> list[Row]:
         return []  # none of the controls was run
 
     def sensitivity(self) -> list[Row]:
-        return [row for c in self.swept for row in across.sensitivity_of(c)]
+        return [row for c in self.settings for row in across.sensitivity_of(c)]
 
 
 def results(batch: Batch) -> list[Row]:
