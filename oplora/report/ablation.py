@@ -9,7 +9,6 @@ from oplora.report.titles import method, title
 
 NOTHING, ONE_NUMBER, MLP = "lora", "oplora_scalar", "oplora"
 GENERATORS = (NOTHING, ONE_NUMBER, "oplora_free", "oplora_linear", MLP, "hyperloader", "nola")
-NOT_BUILT = {("rotated_mnist", "hyperloader")}  # its batch has a generator a layer
 ABOUT = (
     "What stands between the learned numbers and A and B: nothing; one number a layer, how far to "
     "go along what was learned; hidden units that are learned themselves; the MLP without its "
@@ -51,7 +50,7 @@ def row(c: Comparison) -> Row:
     cells = {"scope": str(c.scope)}
     for name in GENERATORS:
         known = shown(list(losses(c, name).values()), 3)
-        absent = None if (c.experiment, name) in NOT_BUILT else Missing(c.command(name))
+        absent = Missing(c.command(name)) if c.can_run(name) else None
         cells[title(name)] = known or absent
     cells["one number over LoRA"] = shown(below(c, ONE_NUMBER, NOTHING), 3, "+")
     cells["the MLP over one number"] = shown(below(c, MLP, ONE_NUMBER), 3, "+")

@@ -217,6 +217,10 @@ class Comparison:
         text = f"scripts/sweep_{sweep}.sh {self.experiment} {at}{_scale(self.preset)}"
         return f"{text} {self.override}" if self.override else text
 
+    def can_run(self, method: str) -> bool:
+        """Does the experiment have it?"""
+        return True
+
     @property
     def base_command(self) -> str:
         """What runs the model as it is."""

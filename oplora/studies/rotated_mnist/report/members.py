@@ -33,6 +33,9 @@ class Batched(Comparison):
     def rates_command(self, *methods: str) -> str:
         return f"{self.command(*methods)} rates=[…]"
 
+    def can_run(self, method: str) -> bool:
+        return method != "hyperloader"  # a batch has a generator a layer
+
     @property
     def base_loss(self) -> float | None:
         """Of the frozen network, which every batch measures."""
