@@ -25,7 +25,7 @@ def test_what_the_mlp_adds_is_told_by_the_seeds_that_both_have(mlp, told):
     base = [run("base", 0.0, loss=3.0, fine_tune=False)]
     c = replace(comparison({}), records=runs, base=base)
     cells = ablation.row(c).cells
-    assert cells["LoRA, one learned scale"] == "2.000 ± 0.248 (3)"
+    assert cells["OP-LoRA, one number"] == "2.000 ± 0.248 (3)"
     assert cells["one number over LoRA"] == "+0.300 ± 0.000 (3)"
     assert cells["HyperLoader"].command.startswith("scripts/sweep_learning_rates.sh vl_bart")
     assert told in ablation.sentence([c])

@@ -113,5 +113,5 @@ def test_generators_stand_beside_one_another(runs):
     (row,) = parts[0].rows
     assert row.cells["OP-LoRA, no ReLU"] == row.cells["OP-LoRA"] == "0.800 ± 0.248 (3)"
     wanted = "python experiments/rotated_mnist.py --multirun preset=small method=oplora_scalar"
-    assert row.cells["LoRA, one learned scale"].command == wanted
+    assert row.cells["OP-LoRA, one number"].command == wanted
     assert row.cells["HyperLoader"] is None and row.cells["the MLP over one number"] is None
