@@ -58,17 +58,25 @@ def row(c: Comparison) -> Row:
 
 
 def sentence(found: Sequence[Comparison]) -> str:
-    """In how many settings the MLP is ahead of one number a layer."""
+    """In how many settings one number a layer is ahead of LoRA, and the MLP of one number."""
+    told = [
+        counted(found, ONE_NUMBER, NOTHING, "one learned number a layer is ahead of LoRA"),
+        counted(found, MLP, ONE_NUMBER, "the MLP is ahead of one number a layer"),
+    ]
+    return f"By the loss, each at its own best rate, {'; '.join(told)}."
+
+
+def counted(found: Sequence[Comparison], name: str, other: str, claim: str) -> str:
+    """The claim with the settings in which it holds, in which its reverse, and each one's gain."""
     told = {1: [], -1: [], 0: []}
     for c in found:
-        gains = below(c, MLP, ONE_NUMBER)
+        gains = below(c, name, other)
         if len(gains) > 1:
             told[ahead(gains)].append(f"{c.scope.column} {shown(gains, 3, '+')}")
     listed = [text for texts in told.values() for text in texts]
     if not listed:
-        return "Over one learned number a layer: too few seeds."
+        return f"whether {claim} needs more seeds"
     return (
-        "By the loss, each at its own best rate, the MLP is ahead of one learned number a layer in "
-        f"{len(told[1])} of {len(listed)} settings and behind in {len(told[-1])}, and in "
-        f"{len(told[0])} the seeds do not tell [{'; '.join(listed)}]."
+        f"{claim} in {len(told[1])} of {len(listed)} settings, behind in {len(told[-1])}, and in "
+        f"{len(told[0])} the seeds do not tell [{', '.join(listed)}]"
     )
