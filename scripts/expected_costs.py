@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from oplora.harness.entry import CONFIGS
 from oplora.harness.runs import write_atomically
+from oplora.report.titles import Scope
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("lora", "oplora", "dora", "opdora", "full")
@@ -36,8 +37,7 @@ def main() -> None:
                 cfg = compose(experiment, overrides=overrides, return_hydra_config=True)
             numbers = {k: round(v) for k, v in script["main"].expected(cfg).items()}
             assumed = {k: cfg.estimate[k] for k in ("peak_tflops", "utilisation")}
-            title = f"{cfg.title.model}, {cfg.title.data}"
-            rows.append({"title": title, "method": method, **numbers, **assumed})
+            rows.append({"title": str(Scope(**cfg.title)), "method": method, **numbers, **assumed})
             print(json.dumps(rows[-1]))
     path = ROOT / "results" / "benchmarks" / "paper_scale.json"
     write_atomically(path, json.dumps(rows, indent=1) + "\n")

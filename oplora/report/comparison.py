@@ -50,7 +50,8 @@ class Comparison:
 
     @property
     def scope(self) -> Scope:
-        return replace(titles.preset(self.experiment, self.preset), variant=self.variant)
+        scope = titles.preset(self.experiment, self.preset)
+        return replace(scope, variant=self.variant or scope.variant)
 
     @cached_property
     def swept_seeds(self) -> BySeed:
