@@ -252,3 +252,10 @@ def test_the_frame_names_no_experiment_and_rooms_know_only_themselves():
     assert done.returncode == 0
     assert {experiment.name for experiment in report.experiments()} == ROOMS
     assert importlib.util.find_spec("oplora.studies.sdxl.report")
+
+
+@pytest.mark.parametrize("preset", ["small", "paper"])
+def test_no_two_experiments_share_a_column(preset):
+    found = [titles.presets(room).get(preset) for room in ROOMS]
+    columns = [scope.column for scope in found if scope]
+    assert len(columns) >= 7 and len(columns) == len(set(columns))
